@@ -1,0 +1,69 @@
+# `make help` lists what can be done. Everything is installed into .venv and nowhere else.
+#   PYTHON            the Python that .venv is made of:          PYTHON=python3.12 make quickstart
+#   PIP_ARGS          more arguments for every pip install:      make quickstart PIP_ARGS="--proxy ..."
+#   DEMO_ARGS         arguments of the demo:                     make quickstart DEMO_ARGS=--text
+#   TEST_ARGS         arguments for pytest:                      make test TEST_ARGS="-x tests/test_project.py"
+#   NOTEBOOK_WORKERS  notebooks tested at once:                  make test NOTEBOOK_WORKERS=1
+#   NBS               notebooks or folders to execute:           make notebooks NBS=nbs/00_lm.ipynb
+PYTHON ?= python3
+NBS ?= nbs
+NOTEBOOK_WORKERS ?= 2
+export NOTEBOOK_WORKERS
+
+BIN := .venv/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# An installation is done again when one of these changes; otherwise its stamp says that it is there.
+SOURCES := settings.ini setup.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test coverage lint export clean-notebooks notebooks readme studies bench wheel constraints
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv/installed: $(SOURCES)
+	@test -x $(BIN)/pip || { $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")' \
+		&& $(PYTHON) -m venv .venv; }
+	@echo "Installing into .venv (the first time takes a minute or more: PyTorch is large) ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@echo "Installing what tests and notebooks need into .venv ..."
+	$(INSTALL) --editable '.[dev,widgets]'
+	@touch $@
+
+quickstart: .venv/installed ## Install, fetch the embedded model and run the demo
+	$(BIN)/oneshot-steering demo $(DEMO_ARGS)
+
+test: .venv/installed-dev ## Run every check: exports, notebooks, README, style, tests, the wheel
+	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+coverage: .venv/installed-dev ## Run every check, and show which lines of the package none of them ran
+	@$(BIN)/python -m pytest --cov --cov-report=term-missing $(TEST_ARGS)
+
+lint: .venv/installed-dev ## Check style
+	$(BIN)/ruff check .
+
+export: .venv/installed-dev ## Make the package from the notebooks
+	$(BIN)/nbdev_export
+
+clean-notebooks: ## Execute notebooks in place, slow cells too (all, or NBS=...), and clean them
+studies: ## Execute the studies
+studies: NBS = nbs/studies
+bench: ## Execute the benchmarks
+bench: NBS = nbs/benchmarks
+notebooks studies bench: .venv/installed-dev
+	$(BIN)/python tools/notebooks.py execute $(NBS)
+
+readme: .venv/installed-dev ## Make README.md from nbs/index.ipynb
+	$(BIN)/python tools/notebooks.py readme
+
+wheel: .venv/installed-dev ## Build wheel and sdist into dist/
+	$(BIN)/python -m build --no-isolation
+
+constraints: .venv/installed ## Resolve constraints.txt anew for Python 3.10 and later (UPGRADE="-P torch" moves a pin)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile setup.py --extra dev --extra widgets --universal --python-version 3.10 --no-annotate \
+		--custom-compile-command "make constraints" --quiet --output-file constraints.txt $(UPGRADE)
