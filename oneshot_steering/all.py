@@ -1,0 +1,10 @@
+"Everything a notebook needs, in one import: `from oneshot_steering.all import *`."
+
+from oneshot_steering.evaluate import *
+from oneshot_steering.lm import *
+from oneshot_steering.objective import *
+from oneshot_steering.optimize import *
+from oneshot_steering.organisms import *
+from oneshot_steering.plot import *
+from oneshot_steering.recipes import *
+from oneshot_steering.steering import *

