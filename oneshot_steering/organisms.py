@@ -868,5 +868,7 @@ def load_organism(
     if hashlib.sha256(adapter.read_bytes()).hexdigest() != made.get("sha256"):
         raise ValueError(f"{adapter} is damaged or not the one that {folder / 'figures.json'} tells of: train the organism again.")
     lm = load_lm(organism.base, **kwargs)
-    merged = peft.PeftModel.from_pretrained(lm.model, str(folder)).merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning) # peft still asks transformers for a renamed attribute
+        merged = peft.PeftModel.from_pretrained(lm.model, str(folder)).merge_and_unload()
     return LM(merged, lm.tok, name=f"{lm.name}+{name}")
