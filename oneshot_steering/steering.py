@@ -334,7 +334,7 @@ def load_steering(
     if not path.is_file(): raise FileNotFoundError(f"There is no steering vector at {path}.")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()} # noqa: SIM118
+            header, tensors = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
     except safetensors.SafetensorError as error:
         raise SteeringFileError(f"{path} is truncated or not a safetensors file ({error}).") from error
     if header.get("format") != _FORMAT:
