@@ -166,6 +166,8 @@ TEXT_VALIDATION = { # prompt -> how a person might go on in Spanish: it sets the
     "Most people think that cats":
         " son animales independientes, pero también necesitan cariño.",
 }
+
+# %% ../nbs/16_cli.ipynb #5a7e1c03
 TEXT_TEST = (
     "My favorite programming languages are",
     "The weather this weekend will be",

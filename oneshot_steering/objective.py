@@ -94,6 +94,7 @@ class Term:
     @property
     def label(self) -> str: return f"{self.kind} {self.text!r} ({self.example})"
 
+# %% ../nbs/02_objective.ipynb #5a7e1c02
 class Terms:
     "Examples made ready for a model: tokens, rows and columns. Calling it gives the loss of every term."
     def __init__(self,

@@ -122,6 +122,7 @@ class Steering:
         made_for = f", for {self.about['model']}" if self.about.get("model") else ""
         return f"Steering({self.mode}, {where}, {self.positions}, strength {self.strength:g}, norm {self.norm:.4g}{made_for})"
 
+# %% ../nbs/01_steering.ipynb #5a7e1c01
 class Steerings(tuple):
     "Several vectors that apply together, in order."
     def save(self, path: str | Path) -> Path:
