@@ -447,9 +447,12 @@ class _Sampler:
 
     def _nucleus(self, logits: Tensor) -> Tensor:
         if self.top_p >= 1: return logits
-        ordered, index = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        return logits.masked_fill((before >= self.top_p).gather(-1, index.argsort(-1)), -torch.inf)
+        total, size = logits.logsumexp(-1, keepdim=True), min(1024, logits.shape[-1])
+        likeliest, index = logits.topk(size)
+        if (likeliest - total).exp().sum(-1).min() < self.top_p: likeliest, index = logits.sort(-1, descending=True)
+        share = (likeliest - total).exp()
+        kept = likeliest.masked_fill(share.cumsum(-1) - share >= self.top_p, -torch.inf)
+        return torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
 
 # %% ../nbs/00_lm.ipynb #23437030
 @patch

@@ -72,9 +72,10 @@ def token_losses(
     log_p = chosen - total
     if kind == "promote": return -log_p
     if objective.suppression == "log_prob": return log_p
-    rare = -torch.log1p(-log_p.clamp(max=-0.5).exp())
-    likely = total - scaled.scatter(-1, tokens[..., None], -torch.inf).logsumexp(-1)
-    return torch.where(log_p < -0.5, rare, likely)
+    rare, likely = -torch.log1p(-log_p.clamp(max=-0.5).exp()), log_p > -0.5
+    if not likely.any(): return rare
+    others = scaled[likely].scatter(-1, tokens[likely][..., None], -torch.inf).logsumexp(-1)
+    return rare.masked_scatter(likely, total[likely] - others)
 
 def to_hartleys(nats: float | Tensor) -> float | Tensor:
     "A loss in hartleys (base-10 logarithms)."
