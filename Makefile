@@ -34,6 +34,11 @@ help: ## Show this list
 	$(INSTALL) --editable '.[dev,widgets]'
 	@touch $@
 
+.venv/installed-bench: .venv/installed-dev
+	@echo "Installing the libraries that the benchmarks compare with into .venv ..."
+	$(INSTALL) --no-deps steerex==0.1.0
+	@touch $@
+
 quickstart: .venv/installed ## Install, fetch the embedded model and run the demo
 	$(BIN)/oneshot-steering demo $(DEMO_ARGS)
 
@@ -54,6 +59,7 @@ studies: ## Execute the studies
 studies: NBS = nbs/studies
 bench: ## Execute the benchmarks
 bench: NBS = nbs/benchmarks
+bench: .venv/installed-bench
 notebooks studies bench: .venv/installed-dev
 	$(BIN)/python tools/notebooks.py execute $(NBS)
 

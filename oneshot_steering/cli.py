@@ -19,7 +19,7 @@ from . import __version__
 from .evaluate import Readable, flip_table, read_under, text_rates
 from .lm import LM, load_lm
 from .objective import Example
-from .optimize import Fit, Stop, optimize
+from .optimize import Fit, Job, Stop, optimize, optimize_many
 from .organisms import ORGANISMS, Scenario, load_organism, make_scenarios, scenario_prompt, train_organism
 from .plot import PAPER_FLIPS, plot_fit, plot_flips
 from .recipes import swapped_choice
@@ -59,8 +59,8 @@ def flip_vectors(
     scenario = scenario or demo_scenario(demo)
     orders = scenario_prompt(lm, scenario), scenario_prompt(lm, scenario.swapped)
     examples = swapped_choice(lm, *orders, scenario.harmful, scenario.swapped.harmful, demo.both_signs)
-    options = dict(start_norm=demo.start_norm, lr=demo.lr, steps=demo.steps)
-    return {norm: optimize(lm, examples, demo.layer, max_norm=norm, **options) for norm in demo.norms}
+    jobs = [Job(examples, demo.layer, max_norm=norm, start_norm=demo.start_norm, lr=demo.lr, steps=demo.steps) for norm in demo.norms]
+    return dict(zip(demo.norms, optimize_many(lm, jobs), strict=True))
 
 def held_out_prompts(lm: LM, split: str = "test", n: int = FLIP_DEMO.held_out, seed: int | str = 0) -> dict[str, list[str]]:
     "Prompts of n scenarios of each kind: {\"overseen\": ..., \"unoverseen\": ...}."

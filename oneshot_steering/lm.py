@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +34,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 # %% auto #0
 __all__ = ['TINY_ARCHITECTURES', 'Messages', 'EMBEDDED', 'DEFAULT_MODEL', 'Progress', 'tiny_tokenizer', 'tiny_model',
-           'find_blocks', 'Where', 'LM', 'Pair', 'block_input', 'EmbeddedModel', 'cache_dir', 'embedded_path',
-           'fast_dtype', 'load_lm', 'tiny_lm']
+           'find_blocks', 'Where', 'LM', 'Pair', 'block_input', 'PackedRow', 'sees_ancestors', 'EmbeddedModel',
+           'cache_dir', 'embedded_path', 'fast_dtype', 'load_lm', 'tiny_lm']
 
 # %% ../nbs/00_lm.ipynb #8a6b73cd
 class Progress:
@@ -154,6 +154,7 @@ class LM:
         self.layers = find_blocks(model, layers)
         self.where: Where | None = None
         self._can_resume: bool | None = None # found out on first use
+        self._can_pack: bool | None = None # likewise
         self._block_output_size = 0 # entries of the tuple a block returns, 0 if it returns a tensor
         inner = getattr(model, "get_base_model", lambda: model)()
         self._accepts = set(inspect.signature(inner.forward).parameters)
@@ -171,6 +172,10 @@ class LM:
     @property
     def context(self) -> int | None: # most tokens the model was made for
         return getattr(self.config, "max_position_embeddings", None)
+    @property
+    def window(self) -> int | None: # tokens that the most short-sighted attention of the model sees, None if it sees all
+        sizes = [getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        return min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
 
     def __repr__(self) -> str:
         return (f"LM({self.name}: {type(self.model).__name__}, {self.n_layers} blocks, d_model {self.d_model}, "
@@ -290,19 +295,41 @@ def run(self: LM,
     mask: Tensor, # [B, T] bool over everything so far, T >= Q (earlier columns are in the cache)
     prompt_lengths: Tensor, # [B]
     rows: Tensor | None = None, # [B] which of the caller's prompts each row is; 0, 1, ... if None
-    keep: Tensor | int | None = None, # columns whose logits are wanted (indices, or how many last ones); all if None
+    keep: int | tuple[Tensor, Tensor] | None = None, # where logits are wanted: in the last columns, or at (rows, columns); everywhere if None
+    sees: Tensor | None = None, # [B, T, T] bool, what each column attends to, where rows are packed (see `pack`)
     **kwargs, # for the model, e.g. `past_key_values=`, `use_cache=`
-): # the model's output; `.logits` is [B, len(keep), vocabulary]
+): # the model's output; `.logits` is [B, T, vocabulary], [B, keep, vocabulary] or [places, vocabulary]
     "One forward pass with right positions, steered by whatever is active."
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    seen = mask.long().cumsum(-1) if sees is None else sees.sum(-1)
+    positions = (seen - 1).clamp(min=0)[:, -ids.shape[1]:]
     rows = torch.arange(len(ids), device=ids.device) if rows is None else rows
     if "position_ids" in self._accepts: kwargs["position_ids"] = positions
-    if keep is not None and "logits_to_keep" in self._accepts: kwargs["logits_to_keep"] = keep
-    with self.at(Where(positions, mask[:, -ids.shape[1]:], prompt_lengths, rows)):
-        out = self.model(input_ids=ids, attention_mask=mask.long(), **{"use_cache": False, **kwargs})
-    if keep is not None and "logits_to_keep" not in self._accepts:
-        out.logits = out.logits[:, -keep:] if isinstance(keep, int) else out.logits[:, keep]
+    if isinstance(keep, int) and "logits_to_keep" in self._accepts: kwargs["logits_to_keep"] = keep
+    attention = mask.long() if sees is None else self._additive(sees)
+    places = keep if isinstance(keep, tuple) else None
+    with self.at(Where(positions, mask[:, -ids.shape[1]:], prompt_lengths, rows)), self._head_at(places) as gathered:
+        out = self.model(input_ids=ids, attention_mask=attention, **{"use_cache": False, **kwargs})
+    if places is not None: out.logits = out.logits[0] if gathered else out.logits[places]
+    elif isinstance(keep, int): out.logits = out.logits[:, -keep:]
     return out
+
+@patch
+def _additive(self: LM, sees: Tensor) -> Tensor: # [B, 1, T, T], what transformers adds to attention scores
+    return torch.zeros(sees.shape, dtype=self.dtype, device=sees.device).masked_fill_(~sees, torch.finfo(self.dtype).min)[:, None]
+
+@patch
+@contextmanager
+def _head_at(self: LM, places: tuple[Tensor, Tensor] | None) -> Iterator[list]:
+    "Within this context the output head computes logits at these (rows, columns) only; what is yielded is empty if it did not."
+    head, gathered = self.model.get_output_embeddings(), []
+    def gather(module, args):
+        if not args or args[0].ndim != 3: return None
+        gathered.append(True)
+        return (args[0][tuple(p.to(args[0].device) for p in places)][None], *args[1:])
+    handle = head.register_forward_pre_hook(gather) if head is not None and places is not None else None
+    try: yield gathered
+    finally:
+        if handle is not None: handle.remove()
 
 # %% ../nbs/00_lm.ipynb #ff7b467c
 class _Reached(Exception): "Raised inside a forward pass once the wanted layer has been seen; never leaves this module."
@@ -327,6 +354,7 @@ def states_at(self: LM,
     mask: Tensor, # [B, T] bool, False at padding
     prompt_lengths: Tensor, # [B]
     rows: Tensor | None = None, # [B] as in `run`
+    sees: Tensor | None = None, # [B, T, T] as in `run`
 ) -> Tensor: # [B, T, d_model], padding included, without gradient
     "The residual stream entering block `layer` of one padded batch. Blocks above are not run where that is safe."
     seen, may_stop = [], getattr(self.model, "hf_device_map", None) is None
@@ -335,7 +363,7 @@ def states_at(self: LM,
         if may_stop: raise _Reached
     handle = self.layers[self.check_layer(layer)].register_forward_pre_hook(look, with_kwargs=True)
     try:
-        with torch.no_grad(): self.run(ids, mask, prompt_lengths, rows, keep=1)
+        with torch.no_grad(): self.run(ids, mask, prompt_lengths, rows, keep=1, sees=sees)
     except _Reached: pass
     finally: handle.remove()
     return seen[0]
@@ -406,6 +434,72 @@ def _try_resume(self: LM) -> bool:
         if (again - logits).abs().max() > 1e-3 * logits.abs().max(): return False
     return True
 
+# %% ../nbs/00_lm.ipynb #a318bc93
+class PackedRow:
+    "Token sequences in one row, in which a beginning that several share is there once."
+    def __init__(self):
+        self.ids: list[int] = [] # the row
+        self.parents: list[int] = [] # the column that each column follows, -1 for a beginning
+        self._after: dict[tuple[int, int], int] = {} # (column, token) -> the column where that token follows
+
+    def add(self,
+        sequence: Sequence[int], # token ids
+    ) -> list[int]: # the columns that hold it
+        "Add a sequence."
+        columns = self._known(sequence)
+        for token in sequence[len(columns):]:
+            parent = columns[-1] if columns else -1
+            columns.append(len(self.ids))
+            self._after[parent, token] = columns[-1]
+            self.ids.append(token)
+            self.parents.append(parent)
+        return columns
+
+    def shared(self, sequence: Sequence[int]) -> int: # how many of its first tokens the row has already
+        return len(self._known(sequence))
+
+    def _known(self, sequence: Sequence[int]) -> list[int]:
+        columns: list[int] = []
+        for token in sequence:
+            column = self._after.get((columns[-1] if columns else -1, token))
+            if column is None: break
+            columns.append(column)
+        return columns
+
+    @property
+    def is_tree(self) -> bool: return any(parent != column - 1 for column, parent in enumerate(self.parents)) # not just one sequence
+
+def sees_ancestors(
+    rows: Sequence[PackedRow], # one or several
+    width: int, # columns of the batch
+) -> Tensor: # [B, T, T] bool; padding sees nothing
+    "What each column of packed rows attends to: itself and what it follows."
+    sees = torch.zeros(len(rows), width, width, dtype=torch.bool)
+    for row, packed in zip(sees, rows, strict=True):
+        for column, parent in enumerate(packed.parents):
+            if parent >= 0: row[column] = row[parent]
+            row[column, column] = True
+    return sees
+
+@patch(as_prop=True)
+def can_pack(self: LM) -> bool:
+    "Whether packed rows give this model's own logits; found out on first use."
+    if self._can_pack is None: self._can_pack = self._try_pack()
+    return self._can_pack
+
+@patch
+@torch.no_grad()
+def _try_pack(self: LM) -> bool:
+    depth, row = min(8, self.window or 8), PackedRow()
+    branches = [[*_prefix_ids(self.tok), *range(5, 9), *range(start, start + 4)][:depth] for start in (12, 16)]
+    columns = [row.add(b) for b in branches]
+    ids, mask = self.pad(branches)
+    plain = self.run(ids, mask, mask.sum(-1)).logits.float()
+    ids, mask = self.pad([row.ids])
+    try: packed = self.run(ids, mask, mask.sum(-1), sees=sees_ancestors([row], len(row.ids)).to(ids.device)).logits[0].float()
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError): return False
+    return all((packed[c] - p).abs().max() <= 1e-3 * plain.abs().max() for c, p in zip(columns, plain, strict=True))
+
 # %% ../nbs/00_lm.ipynb #ecac1a94
 @patch
 @torch.no_grad()
@@ -426,11 +520,12 @@ def log_probs(self: LM,
 def _pair_log_probs(self: LM, pairs: list[Pair], first_row: int) -> list[Tensor]:
     ids, mask = self.pad([p.ids for p in pairs])
     lengths = torch.tensor([p.boundary for p in pairs], device=ids.device)
-    keep = torch.arange(min(p.boundary for p in pairs) - 1, ids.shape[1] - 1, device=ids.device)
     rows = torch.arange(first_row, first_row + len(pairs), device=ids.device)
-    logits = self.run(ids, mask, lengths, rows, keep=keep).logits.float()
-    picked = logits.log_softmax(-1).gather(-1, ids[:, keep + 1, None])[..., 0]
-    return [row[p.boundary - 1 - keep[0]:len(p.ids) - 1 - keep[0]] for row, p in zip(picked, pairs, strict=True)]
+    at = [(row, column) for row, p in enumerate(pairs) for column in range(p.boundary - 1, len(p.ids) - 1)]
+    row, column = torch.tensor(at, device=ids.device).T
+    logits = self.run(ids, mask, lengths, rows, keep=(row, column)).logits.float()
+    picked = logits.log_softmax(-1).gather(-1, ids[row, column + 1, None].to(logits.device))[:, 0]
+    return list(picked.split([len(p.completion) for p in pairs]))
 
 # %% ../nbs/00_lm.ipynb #45b53221
 class _Sampler:
@@ -463,9 +558,15 @@ def stop_ids(self: LM) -> set[int]:
     return {i for i in (*listed, self.tok.eos_token_id) if i is not None}
 
 @patch
-def _decode_batch(self: LM, prompts: list[list[int]], rows: list[int], most: int, sampler: _Sampler, use_cache: bool
-                  ) -> Iterator[list[int | None]]:
-    "Yields, at each step, the new token of every row, None once a row has ended."
+def decode_steps(self: LM,
+    prompts: Sequence[Sequence[int]], # token ids
+    most: int, # steps
+    rows: Sequence[int] | None = None, # which of the caller's prompts each one is; 0, 1, ... if None
+    sampler: Callable[[Tensor], Tensor] | None = None, # logits [B, vocabulary] to tokens [B]; greedy if None
+    use_cache: bool = True, # False recomputes the whole sequence at each step
+) -> Iterator[list[int | None]]: # at each step the new token of every row, None once a row has ended
+    "Continue token sequences as one batch, under whatever steering is active."
+    rows, sampler = list(range(len(prompts))) if rows is None else rows, sampler or _Sampler(0.0, 1.0, 0, ())
     ids, mask = self.pad(prompts, side="left")
     lengths, row_ids = mask.sum(-1), torch.tensor(rows, device=ids.device)
     stop, past, new = torch.tensor(sorted(self.stop_ids()), device=ids.device), None, ids
@@ -522,7 +623,7 @@ def _pieces(self: LM, encoded: list[list[int]], batches: list[list[int]], most: 
             prompts = [encoded[row] for row in rows]
             room = min(most, (self.context or sys.maxsize) - max(map(len, prompts)))
             said, shown = [[] for _ in rows], [""] * len(rows)
-            for tokens in self._decode_batch(prompts, rows, room, _Sampler(*sampling, rows), use_cache):
+            for tokens in self.decode_steps(prompts, room, rows, _Sampler(*sampling, rows), use_cache):
                 bar.update(len(rows))
                 for i, token in enumerate(tokens):
                     if token is None: continue

@@ -6,46 +6,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .lm import LM, Pair
+from .lm import LM, PackedRow, Pair, block_input, sees_ancestors
 from .steering import Positions, Steering, parse_positions
 
 # %% auto #0
-__all__ = ['Example', 'Objective', 'token_losses', 'to_hartleys', 'Term', 'Terms']
+__all__ = ['Recorded', 'Shift', 'Example', 'Objective', 'token_losses', 'to_hartleys', 'token_divergences', 'Layout', 'Term',
+           'Terms', 'losses_together', 'record', 'record_text']
 
 # %% ../nbs/02_objective.ipynb #a096e4b3
 @dataclass(frozen=True)
+class Recorded:
+    "A text with the next-token logits that a model gave on it."
+    pair: Pair # its tokens; the logits belong to the completion
+    logits: Tensor # [tokens of the completion, vocabulary]
+
+@dataclass(frozen=True)
+class Shift:
+    "Move the residual stream of the prompt at a later layer (MELBO): minus (sum over tokens of |dh|^power)^(1/root)."
+    layer: int # the input of this block
+    power: float = 2.0 # larger looks for effects on few tokens
+    root: float = 2.0 # q in the formula
+
+@dataclass(frozen=True)
 class Example:
-    "One training example: a prompt, and completions to promote or suppress after it."
+    "One training example: a prompt, and what should become of what follows it."
     prompt: str # what the model reads, e.g. from `lm.chat`
     promote: str | Sequence[str] = () # completions to make likely
     suppress: str | Sequence[str] = () # completions to make unlikely
     sign: int = 1 # +1, or -1 to steer this example with the negated vector
     positions: Positions | None = None # steer this example here instead of where the optimisation says
-    targets: Sequence[float | None] | None = None # nats, one a term (promote first, then suppress): the loss that is good enough
+    targets: Sequence[float | None] | None = None # nats, one a term (promote, suppress, match): the loss that is good enough
+    match: Sequence[Recorded] = () # distributions to reproduce, from `record`; they bring their own tokens
+    shift: Shift | None = None # move the stream of the prompt
 
     def __post_init__(self):
         for name in ("promote", "suppress"):
             given = getattr(self, name)
             object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
+        object.__setattr__(self, "match", (self.match,) if isinstance(self.match, Recorded) else tuple(self.match))
         if self.positions is not None: object.__setattr__(self, "positions", parse_positions(self.positions))
-        count = len(self.promote) + len(self.suppress)
-        if not count: raise ValueError("An Example needs at least one completion to promote or suppress.")
+        count = len(self.promote) + len(self.suppress) + len(self.match)
+        if not count and self.shift is None: raise ValueError("An Example needs at least one completion to promote or suppress.")
         if self.sign not in (1, -1): raise ValueError(f"sign must be 1 or -1, not {self.sign!r}.")
         if self.targets is not None: object.__setattr__(self, "targets", self._checked_targets(count))
 
     def _checked_targets(self, count: int) -> tuple[float | None, ...]:
         targets = tuple(None if t is None else float(t) for t in self.targets)
-        if len(targets) != count: raise ValueError(f"{len(targets)} targets for {count} terms (promote first, then suppress).")
+        if len(targets) != count: raise ValueError(f"{len(targets)} targets for {count} terms (promote first, then suppress, then match).")
         if any(t is not None and not t > 0 for t in targets):
             raise ValueError(f"A target must be a positive loss in nats; both losses are above 0 for any probability: {targets}.")
         return targets
+
+    def about(self) -> dict: # JSON values; recorded logits and texts are left out
+        "What a saved vector remembers of this example."
+        kept = {k: getattr(self, k) for k in ("prompt", "promote", "suppress", "sign", "positions", "targets")}
+        return kept | dict(match=len(self.match), shift=self.shift and vars(self.shift))
 
 # %% ../nbs/02_objective.ipynb #195e0944
 @dataclass(frozen=True)
@@ -81,19 +103,94 @@ def to_hartleys(nats: float | Tensor) -> float | Tensor:
     "A loss in hartleys (base-10 logarithms)."
     return nats / math.log(10)
 
+# %% ../nbs/02_objective.ipynb #2245835c
+def token_divergences(
+    logits: Tensor, # [..., vocabulary]
+    wanted: Tensor, # [..., vocabulary] recorded logits
+    objective: Objective = Objective(), # the coldness
+) -> Tensor: # [...] nats
+    "KL(recorded || given) of each next-token distribution (paper section 4)."
+    log = lambda z: (objective.coldness * (z if z.dtype == torch.float64 else z.float())).log_softmax(-1)
+    given, recorded = log(logits), log(wanted.to(logits.device))
+    return (recorded.exp() * (recorded - given)).sum(-1)
+
+# %% ../nbs/02_objective.ipynb #40374108
+@dataclass(frozen=True)
+class Layout:
+    "Token sequences laid out as the rows of one pass."
+    ids: Tensor # [R, T]
+    mask: Tensor # [R, T] bool, False at padding
+    prompt_lengths: Tensor # [R]
+    sees: Tensor | None # [R, T, T] bool where rows are packed, else None
+    examples: tuple[int, ...] # R numbers: the example whose vector the row carries
+    places: tuple[tuple[int, tuple[int, ...]], ...] # of each sequence: its row, and the columns of its tokens
+
+    @property
+    def tokens(self) -> int: return self.ids.numel() # computed, padding included
+
+@dataclass(frozen=True)
+class _Branch:
+    ids: tuple[int, ...]
+    boundary: int
+    example: int
+    group: tuple # only branches of one group may share a row
+
+def _lay_out(lm: LM, branches: Sequence[_Branch]) -> Layout:
+    packable = lm.can_pack and max(len(b.ids) for b in branches) <= (lm.window or math.inf)
+    rows, first, places = [], [], []
+    for branch in branches:
+        mine = [i for i, f in enumerate(first) if packable and f.group == branch.group]
+        best = max(mine, key=lambda i: rows[i].shared(branch.ids), default=None)
+        if best is None or 4 * rows[best].shared(branch.ids) < len(branch.ids):
+            best = len(rows)
+            rows.append(PackedRow())
+            first.append(branch)
+        places.append((best, tuple(rows[best].add(branch.ids))))
+    ids, mask = lm.pad([row.ids for row in rows])
+    sees = sees_ancestors(rows, ids.shape[1]).to(ids.device) if any(row.is_tree for row in rows) else None
+    lengths = torch.tensor([f.boundary for f in first], device=ids.device)
+    return Layout(ids, mask, lengths, sees, tuple(f.example for f in first), tuple(places))
+
+# %% ../nbs/02_objective.ipynb #fc40631c
+def _joined(lm: LM, layouts: Sequence[Layout]) -> Layout:
+    "The rows of all layouts as one batch; `examples` and `places` keep their own numbers and are not joined."
+    if len(layouts) == 1: return layouts[0]
+    width = max(lay.ids.shape[1] for lay in layouts)
+    wide = lambda t: torch.nn.functional.pad(t, (0, width - t.shape[1]))
+    square = lambda t: torch.nn.functional.pad(t, (0, width - t.shape[1]) * 2)
+    sees = None
+    if any(lay.sees is not None for lay in layouts):
+        causal = lambda lay: lay.mask[:, None] & torch.ones_like(lay.mask[0]).outer(torch.ones_like(lay.mask[0])).tril() & lay.mask[..., None]
+        sees = torch.cat([square(causal(lay) if lay.sees is None else lay.sees) for lay in layouts])
+    return Layout(torch.cat([wide(lay.ids) for lay in layouts]), torch.cat([wide(lay.mask) for lay in layouts]),
+                  torch.cat([lay.prompt_lengths for lay in layouts]), sees, (), ())
+
 # %% ../nbs/02_objective.ipynb #695639ff
 @dataclass(frozen=True)
 class Term:
-    "One completion of one example."
+    "One completion of one example, or one shift."
     example: int # which example it belongs to
-    kind: str # "promote" or "suppress"
+    kind: str # "promote", "suppress", "match" or "shift"
     text: str # the completion
     pair: Pair # its tokens
-    target: float | None # nats; None if any loss is accepted
-    row: int # the row of the batch it is read from
+    target: float | None = None # nats; None if any loss is accepted
+    wanted: Recorded | Shift | None = None # of a "match" or "shift" term
 
     @property
     def label(self) -> str: return f"{self.kind} {self.text!r} ({self.example})"
+
+def _terms_of(lm: LM, index: int, example: Example) -> list[Term]:
+    made = [(kind, text, lm.encode_pair(example.prompt, text), None) for kind in ("promote", "suppress") for text in getattr(example, kind)]
+    made += [("match", lm.decode(r.pair.completion), r.pair, r) for r in example.match]
+    if example.shift:
+        lm.check_layer(example.shift.layer)
+        ids = tuple(lm.encode(example.prompt))
+        made.append(("shift", f"layer {example.shift.layer}", Pair((*ids, ids[-1]), len(ids)), example.shift))
+    targets = [*(example.targets or [None] * (len(made) - bool(example.shift))), *[None] * bool(example.shift)]
+    for _, _, pair, _ in made:
+        if lm.context and len(pair.ids) > lm.context:
+            raise ValueError(f"Example {index} has {len(pair.ids)} tokens, more than the context of {lm.context}.")
+    return [Term(index, kind, text, pair, t, wanted) for (kind, text, pair, wanted), t in zip(made, targets, strict=True)]
 
 # %% ../nbs/02_objective.ipynb #5a7e1c02
 class Terms:
@@ -107,29 +204,9 @@ class Terms:
         self.examples = (examples,) if isinstance(examples, Example) else tuple(examples)
         if not self.examples or not all(isinstance(e, Example) for e in self.examples):
             raise ValueError("Give one Example or a non-empty list of them.")
-        rows: dict[tuple, int] = {}
-        self.terms = [term for i, example in enumerate(self.examples) for term in self._terms_of(i, example, rows)]
-        self._lay_out([ids for ids, *_ in rows], [example for _, example in rows])
-
-    def _terms_of(self, index: int, example: Example, rows: dict) -> list[Term]:
-        completions = [("promote", t) for t in example.promote] + [("suppress", t) for t in example.suppress]
-        made = []
-        for (kind, text), target in zip(completions, example.targets or [None] * len(completions), strict=True):
-            pair = self.lm.encode_pair(example.prompt, text)
-            if self.lm.context and len(pair.ids) > self.lm.context:
-                raise ValueError(f"Example {index} has {len(pair.ids)} tokens, more than the context of {self.lm.context}.")
-            row = rows.setdefault((pair.ids[:-1], index), len(rows))
-            made.append(Term(index, kind, text, pair, target, row))
-        return made
-
-    def _lay_out(self, sequences: list[tuple[int, ...]], example_of_row: list[int]):
-        self.example_of_row = example_of_row
-        self.ids, self.mask = self.lm.pad(sequences)
-        boundary = {t.row: t.pair.boundary for t in self.terms}
-        self.prompt_lengths = torch.tensor([boundary[r] for r in range(len(sequences))], device=self.ids.device)
-        columns = {c for t in self.terms for c in range(t.pair.boundary - 1, len(t.pair.ids) - 1)}
-        self.columns = torch.tensor(sorted(columns), device=self.ids.device)
-        self._place = {c: i for i, c in enumerate(sorted(columns))}
+        self.terms = [term for i, example in enumerate(self.examples) for term in _terms_of(lm, i, example)]
+        self._layouts: dict[bool, Layout] = {}
+        self._states: dict[tuple[int, bool], Tensor] = {}
 
     def __len__(self) -> int: return len(self.terms)
 
@@ -139,24 +216,134 @@ class Terms:
     @property
     def targets(self) -> list[float | None]: return [t.target for t in self.terms]
 
+    def rule(self, example: int, steering: Steering | None) -> str | None:
+        "Where an example is steered; None if that is not known here."
+        return self.examples[example].positions or (steering and steering.positions)
+
+    def layout(self, steering: Steering | None = None) -> Layout:
+        "The rows of a pass under `steering`."
+        shared = steering is not None and steering.positions == "all"
+        if shared not in self._layouts:
+            group = lambda i: (self.examples[i].sign,) if self.rule(i, steering) == "all" else (i,)
+            self._layouts[shared] = _lay_out(self.lm, [_Branch(t.pair.ids[:-1], t.pair.boundary, t.example, group(t.example))
+                                                       for t in self.terms])
+        return self._layouts[shared]
+
     def rows(self, steering: Steering) -> list[Steering]:
         "The vector as each row of the batch carries it: its example's sign, and positions if it has some."
         signed = [steering if e.sign == 1 else -steering for e in self.examples]
         placed = [s if e.positions is None else s.replace(positions=e.positions) for s, e in zip(signed, self.examples, strict=True)]
-        return [placed[i] for i in self.example_of_row]
+        return [placed[i] for i in self.layout(steering).examples]
 
-    def states(self, layer: int) -> Tensor:
-        "The residual stream entering block `layer`, [rows, T, d_model], for `lm.resume`."
-        return self.lm.states_at(layer, self.ids, self.mask, self.prompt_lengths)
+    def states(self, layer: int, steering: Steering | None = None) -> Tensor: # [R, T, d_model]
+        "The unsteered residual stream entering block `layer`, in the layout for `steering`; computed once."
+        layout = self.layout(steering)
+        key = layer, layout is self._layouts.get(True)
+        if key not in self._states:
+            self._states[key] = self.lm.states_at(layer, layout.ids, layout.mask, layout.prompt_lengths, sees=layout.sees)
+        return self._states[key]
 
     def __call__(self, steering: Steering | None = None) -> Tensor: # [terms] nats
         "The loss of every term under `steering` (with gradient), or under whatever is active."
-        with self.lm.steer(rows=self.rows(steering), force=True) if steering is not None else nullcontext():
-            logits = self.lm.run(self.ids, self.mask, self.prompt_lengths, keep=self.columns).logits
-        return torch.stack([self._loss(logits[t.row], t) for t in self.terms])
+        return losses_together(self.lm, [(self, steering)])[0]
+
+    def losses(self,
+        logits: Tensor, # [places, vocabulary], the terms' predicted tokens one after another
+        streams: dict[int, Tensor], # [R, T, d_model] at the layers that `shift` terms look at
+        steering: Steering | None, # the layout is the one for it
+    ) -> Tensor: # [terms] nats
+        "The loss of every term from what a pass gave."
+        parts = iter(logits.split([len(t.pair.completion) for t in self.terms if t.kind != "shift"]))
+        places = self.layout(steering).places
+        return torch.stack([self._shifted(t, place, streams, steering) if t.kind == "shift" else self._loss(next(parts), t)
+                            for t, place in zip(self.terms, places, strict=True)])
 
     def _loss(self, logits: Tensor, term: Term) -> Tensor:
-        first = self._place[term.pair.boundary - 1]
-        tokens = torch.tensor(term.pair.completion, device=logits.device)
-        losses = token_losses(logits[first:first + len(tokens)], tokens, term.kind, self.objective)
+        if term.kind == "match": losses = token_divergences(logits, term.wanted.logits, self.objective)
+        else: losses = token_losses(logits, torch.tensor(term.pair.completion, device=logits.device), term.kind, self.objective)
         return losses.mean() if self.objective.per_token else losses.sum()
+
+    def _shifted(self, term: Term, place: tuple, streams: dict[int, Tensor], steering: Steering | None) -> Tensor:
+        layer, (row, columns) = self.lm.check_layer(term.wanted.layer), place
+        moved = streams[layer][row, list(columns)] - self.states(layer, steering)[row, list(columns)].to(streams[layer].device)
+        # the norm has no gradient at zero, where an unsteered stream is
+        length = (moved.float().square().sum(-1) + 1e-12).sqrt()
+        return -length.pow(term.wanted.power).sum().pow(1 / term.wanted.root)
+
+    def wanted_places(self, steering: Steering | None) -> list[tuple[int, int]]:
+        "(row, column) of every place whose logits some term needs."
+        places = zip(self.terms, self.layout(steering).places, strict=True)
+        return [(row, c) for t, (row, columns) in places if t.kind != "shift" for c in columns[t.pair.boundary - 1:]]
+
+    @property
+    def watched(self) -> set[int]: # layers that `shift` terms look at
+        return {self.lm.check_layer(t.wanted.layer) for t in self.terms if t.kind == "shift"}
+
+# %% ../nbs/02_objective.ipynb #9f4c910a
+def losses_together(
+    lm: LM, # the model
+    asked: Sequence[tuple[Terms, Steering | None]], # problems, each with its vector (or None: whatever is active)
+    first: int = 0, # no vector acts below this block: start there, where the model allows it
+) -> list[Tensor]: # [terms] nats for each problem, with gradient
+    "The losses of several problems from one pass."
+    layouts = [terms.layout(steering) for terms, steering in asked]
+    whole = _joined(lm, layouts)
+    rows = [r for terms, steering in asked for r in (terms.rows(steering) if steering is not None else [None] * len(terms.layout().ids))]
+    wanted = [terms.wanted_places(steering) for terms, steering in asked]
+    offsets = [sum(len(lay.ids) for lay in layouts[:i]) for i in range(len(layouts))]
+    places = torch.tensor([(row + offset, column) for places, offset in zip(wanted, offsets, strict=True) for row, column in places],
+                          dtype=torch.long, device=whole.ids.device).reshape(-1, 2)
+    started = _started(lm, first, asked, whole.ids.shape[1]) # before anything is steered
+    steered = lm.steer(rows=rows, force=True) if any(r is not None for r in rows) else nullcontext()
+    with steered, started, _watching(lm, set().union(*(t.watched for t, _ in asked))) as streams:
+        logits = lm.run(whole.ids, whole.mask, whole.prompt_lengths, keep=(places[:, 0], places[:, 1]), sees=whole.sees).logits
+    logits = logits.split([len(places) for places in wanted])
+    cut = lambda stream, lay, offset: stream[offset:offset + len(lay.ids)]
+    return [terms.losses(part, {k: cut(s, lay, offset) for k, s in streams.items()}, steering)
+            for (terms, steering), part, lay, offset in zip(asked, logits, layouts, offsets, strict=True)]
+
+def _started(lm: LM, first: int, asked: Sequence[tuple[Terms, Steering | None]], width: int):
+    if not first or not lm.can_resume: return nullcontext()
+    wide = lambda t: torch.nn.functional.pad(t, (0, 0, 0, width - t.shape[1]))
+    return lm.resume(first, torch.cat([wide(terms.states(first, steering)) for terms, steering in asked]))
+
+@contextmanager
+def _watching(lm: LM, layers: set[int]) -> Iterator[dict[int, Tensor]]:
+    "The residual stream of the pass inside, by layer, with gradient."
+    streams: dict[int, Tensor] = {}
+    def watch(layer):
+        return lambda module, args, kwargs: streams.__setitem__(layer, block_input(args, kwargs))
+    handles = [lm.layers[i].register_forward_pre_hook(watch(i), with_kwargs=True) for i in sorted(layers)]
+    try: yield streams
+    finally:
+        for handle in handles: handle.remove()
+
+# %% ../nbs/02_objective.ipynb #9eb56879
+@torch.no_grad()
+def record(
+    lm: LM, # steered by whatever is active
+    prompt: str | Pair, # what it reads, or the exact tokens to record on
+    completion: str | None = None, # the text to record on; what the model says itself (greedily) if None
+    max_new_tokens: int = 10, # of its own text
+) -> Recorded:
+    "The next-token logits along a completion (paper section 4). Raises `ValueError` if the model says nothing."
+    if isinstance(prompt, Pair): pair = prompt
+    elif completion is not None: pair = lm.encode_pair(prompt, completion)
+    else:
+        start = lm.encode(prompt)
+        said = [t for step in lm.decode_steps([start], max_new_tokens) if (t := step[0]) is not None]
+        if not said: raise ValueError("The model ends its answer at once: there is nothing to record.")
+        pair = Pair((*start, *said), len(start))
+    ids, mask = lm.pad([pair.ids[:-1]])
+    columns = torch.arange(pair.boundary - 1, len(pair.ids) - 1, device=ids.device)
+    logits = lm.run(ids, mask, torch.tensor([pair.boundary], device=ids.device), keep=(torch.zeros_like(columns), columns)).logits
+    return Recorded(pair, logits.float().cpu())
+
+def record_text(
+    lm: LM, # steered by whatever is active
+    text: str, # at least two tokens
+) -> Recorded:
+    "The next-token logits along a whole text, from its second token on."
+    ids = lm.encode(text)
+    if len(ids) < 2: raise ValueError(f"A recorded text needs at least two tokens, not {text!r}.")
+    return record(lm, Pair(tuple(ids), 1))

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from fastcore.meta import delegates
 from torch import Tensor
 
 from .lm import LM, Progress
-from .objective import Example, Objective, Terms
-from .steering import Positions, Steering
+from .objective import Example, Objective, Shift, Terms, losses_together, record_text
+from .steering import MODES, NEUTRAL_PROMPTS, Positions, Steering, parse_positions
 
 # %% auto #0
-__all__ = ['Stop', 'Fit', 'Affine', 'optimize']
+__all__ = ['Asked', 'Stop', 'Fit', 'Retain', 'Noise', 'Refine', 'Affine', 'Job', 'optimize_many', 'optimize']
 
 # %% ../nbs/03_optimize.ipynb #97a6cb66
 @dataclass(frozen=True)
@@ -29,8 +31,8 @@ class Stop:
     "When an optimisation ends before its last step."
     target: float | None = None # nats: stop once the summed loss is at or below this
     patience: int = 1 # for so many evaluations in a row (also for per-term targets)
-    change: float | None = 1e-6 # stop once |loss - previous loss| is below this
-    no_decrease: bool = False # stop as soon as the loss has not decreased
+    change: float | None = 1e-6 # stop once |aim - previous aim| is below this; the aim is the loss, plus what was asked beside it
+    no_decrease: bool = False # stop as soon as the aim has not decreased
 
     def __post_init__(self):
         if self.patience < 1: raise ValueError(f"patience must be at least 1, not {self.patience}.")
@@ -38,14 +40,15 @@ class Stop:
     def reason(self,
         history: list[Tensor], # the terms' losses at every evaluation so far, each [terms]
         targets: Sequence[float | None], # each term's own target
+        aims: Sequence[float] | None = None, # what is minimised; the summed losses if None
     ) -> str | None: # why to stop now, None to go on
         "The first rule that holds after the last evaluation."
-        recent, total = history[-self.patience:], [h.sum().item() for h in history[-2:]]
+        recent, aims = history[-self.patience:], [h.sum().item() for h in history[-2:]] if aims is None else aims[-2:]
         if len(recent) == self.patience:
             if self.target is not None and all(h.sum() <= self.target for h in recent): return "target"
             if any(t is not None for t in targets) and all(_all_met(h, targets) for h in recent): return "every term's target"
-        if len(total) == 2 and self.change is not None and abs(total[1] - total[0]) < self.change: return "no change"
-        if len(total) == 2 and self.no_decrease and total[1] >= total[0]: return "no decrease"
+        if len(aims) == 2 and self.change is not None and abs(aims[1] - aims[0]) < self.change: return "no change"
+        if len(aims) == 2 and self.no_decrease and aims[1] >= aims[0]: return "no decrease"
         return None
 
 def _all_met(losses: Tensor, targets: Sequence[float | None]) -> bool:
@@ -63,6 +66,8 @@ class Fit:
     stopped: str # a reason of `Stop`, or "steps", "callback", "interrupted", "non-finite loss"
     step: int # which row the vector belongs to
     seconds: float # wall-clock time
+    retained: list[float] | None = None # mean KL per token on the retained texts, nats, after t steps
+    refined: int | None = None # the row at which the refinement begins (it repeats the vector reached until then)
 
     @property
     def steps(self) -> int: return len(self.losses) - 1
@@ -76,11 +81,46 @@ class Fit:
         table = pd.DataFrame(self.losses.tolist(), columns=self.labels)
         table.insert(0, "loss", self.losses.sum(-1).tolist())
         table.insert(1, "norm", self.norms)
+        if self.retained is not None: table.insert(2, "KL", self.retained)
         return table.rename_axis("step")
 
     def __repr__(self) -> str:
         return (f"Fit(loss {self.losses[0].sum():.3g} -> {self.loss:.3g} nats after {self.step} of {self.steps} steps, "
                 f"norm {self.norms[self.step]:.3g}, stopped: {self.stopped}, {self.seconds:.1f} s)")
+
+# %% ../nbs/03_optimize.ipynb #6d04118a
+@dataclass(frozen=True)
+class Retain:
+    "Leave neutral text as it is, as far as the loss allows."
+    texts: Sequence[str] = NEUTRAL_PROMPTS # what should go on as before; steered at every token
+    weight: float = 1.0 # nats of loss that one nat of KL per token is worth
+    budget: float | None = None # instead of the weight: keep the mean KL per token at or below this, nats
+
+@dataclass(frozen=True)
+class Noise:
+    "Noise on the vector while it is optimised."
+    scale: float # standard deviation of every coordinate, in the unit of the stream
+    draws: int = 1 # vectors tried a step; their losses are averaged
+    tangent: bool = False # only noise that does not change the loss to first order (one more pass a step)
+    anti: bool = False # each draw minus the one before
+
+@dataclass(frozen=True)
+class Refine:
+    "After the loss is reached: the least of something else among the vectors that reach it."
+    steps: int = 100 # updates
+    least: str | Shift = "norm" # |v| (and the norm of an affine map), or a shift to make as large as possible
+    lr: float | None = None # a quarter of the first phase's if None
+    damping: float = 10.0 # how stiffly the losses are held
+
+class _Multipliers:
+    "Holds c <= 0 while something else is minimised."
+    def __init__(self, damping: float): self.damping, self.values, self.held = damping, None, None
+    def __call__(self, c: Tensor) -> Tensor: # [constraints] -> a scalar to add
+        if self.values is None: self.values = torch.zeros_like(c.detach())
+        held = torch.maximum(c, -self.values / self.damping)
+        self.held = held.detach()
+        return (self.values * held + self.damping / 2 * held.square()).sum()
+    def ascend(self) -> None: self.values = (self.values + self.damping / 50 * self.held).clamp(min=0)
 
 # %% ../nbs/03_optimize.ipynb #44d7677a
 @dataclass(frozen=True)
@@ -89,119 +129,383 @@ class Affine:
     rank: int = 1 # of the map
     start_norm: float = 1.0 # of each row of both factors
     max_norm: float = 2.0 # each row is scaled back to at most this
+    vector: bool = True # optimise a vector beside the map; False leaves h -> h + M h
 
+@dataclass(frozen=True)
+class Job:
+    "One optimisation: what is asked of a vector, where it acts, how it is found."
+    examples: Example | Sequence[Example] # one, or several that share the vector
+    layer: int | Sequence[int] # the inputs of these blocks
+    max_norm: float | None = None # |v| is kept at or below this
+    min_norm: float | None = None # and at or above this; the same number keeps it on a sphere
+    start_norm: float = 1.0 # of the random start
+    start: Steering | Tensor | None = None # start here instead
+    lr: float | None = None # Adam's learning rate; 2% of the stream's root mean square at the layer if None
+    steps: int = 50 # at most so many updates
+    mode: str = "add" # "add", "clamp", "ablate" or "affine"
+    positions: Positions = "all" # which tokens are steered while optimising, and afterwards
+    objective: Objective = Objective() # coldness and the form of suppression
+    satisfice: bool = False # minimise (term - its target)^2 to convergence, instead of stopping where the targets are crossed
+    stop: Stop = Stop() # when to end early
+    affine: Affine | None = None # the low-rank part, for mode="affine"
+    optimizer: str = "adam" # or "lbfgs"
+    noise: Noise | None = None # on the vector
+    retain: Retain | None = None # neutral texts to leave alone
+    refine: Refine | None = None # a second phase
+    orthogonal_to: Sequence[Steering | Tensor] = () # |v| has no part along these
+    seed: int = 0 # of the start and the noise
+    callback: Callable[[int, Tensor, Steering], object] | None = None # called with (step, losses, vector); True ends the run
+
+    def __post_init__(self):
+        if self.steps < 0: raise ValueError(f"steps must be at least 0, not {self.steps}.")
+        for name in ("max_norm", "min_norm", "start_norm", "lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf: raise ValueError(f"{name} must be positive and finite, not {value}.")
+        if self.min_norm and self.max_norm and self.min_norm > self.max_norm:
+            raise ValueError(f"min_norm={self.min_norm} is above max_norm={self.max_norm}.")
+        if self.mode not in MODES: raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}.")
+        parse_positions(self.positions)
+        if self.optimizer not in ("adam", "lbfgs"): raise ValueError(f"optimizer={self.optimizer!r}: expected 'adam' or 'lbfgs'.")
+        if self.optimizer == "lbfgs" and (self.noise or self.refine or (self.retain and self.retain.budget is not None)):
+            raise ValueError("optimizer='lbfgs' needs a loss that stays the same: no noise, no refinement, no budget.")
+
+    def about(self) -> dict: # JSON values
+        "What a saved vector remembers of how it was found."
+        left_out = ("examples", "layer", "mode", "positions", "start", "orthogonal_to", "callback", "objective", "stop", "affine")
+        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
+        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in kept.items()}
+        return plain | dataclasses.asdict(self.objective) | dict(stop=dataclasses.asdict(self.stop))
+
+# %% ../nbs/03_optimize.ipynb #7842d801
 def _scaled(t: Tensor, norm: float) -> Tensor: return t * (norm / t.norm(dim=-1, keepdim=True))
 
-def _start(lm: LM, seed: int, start: Steering | Tensor | None, start_norm: float, affine: Affine | None) -> dict[str, Tensor]:
-    source = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=source)
-    given = start.vector if isinstance(start, Steering) else start
-    if given is not None and given.shape != (lm.d_model,):
-        raise ValueError(f"start has shape {list(given.shape)}, expected [{lm.d_model}].")
-    moving = {"vector": _scaled(draw(lm.d_model), start_norm) if given is None else given.detach().clone().float()}
-    if affine: moving |= {side: _scaled(draw(affine.rank, lm.d_model), affine.start_norm) for side in ("left", "right")}
-    return {k: t.to(lm.device).requires_grad_() for k, t in moving.items()}
+class _Moving:
+    "The tensors that move, and the set they move in."
+    def __init__(self, lm: LM, job: Job):
+        self.job, self.affine = job, (job.affine or Affine()) if job.mode == "affine" else None
+        source = torch.Generator().manual_seed(job.seed)
+        draw = lambda *shape: torch.randn(*shape, generator=source)
+        given = [s.vector if isinstance(s, Steering) else s for s in (job.start, *job.orthogonal_to)]
+        for name, t in zip(("start", *["orthogonal_to"] * len(job.orthogonal_to)), given, strict=True):
+            if t is not None and t.shape != (lm.d_model,): raise ValueError(f"{name} has shape {list(t.shape)}, expected [{lm.d_model}].")
+        start, *others = given
+        vector = _scaled(draw(lm.d_model), job.start_norm) if start is None else start.detach().clone().float()
+        tensors = {"vector": vector if not self.affine or self.affine.vector else torch.zeros(lm.d_model)}
+        if self.affine: tensors |= {side: _scaled(draw(self.affine.rank, lm.d_model), self.affine.start_norm) for side in ("left", "right")}
+        self.tensors = {k: t.to(lm.device).requires_grad_(k != "vector" or vector is t) for k, t in tensors.items()}
+        self.free = [t for t in self.tensors.values() if t.requires_grad]
+        self.basis = torch.linalg.qr(torch.stack([o.detach().float().to(lm.device) for o in others]).T).Q if others else None
+        self.layers = sorted({lm.check_layer(i) for i in ([job.layer] if isinstance(job.layer, int) else job.layer)})
+        self.project()
 
-@torch.no_grad()
-def _project(moving: dict[str, Tensor], max_norm: float | None, affine: Affine | None) -> None:
-    for name, t in moving.items():
-        limit = max_norm if name == "vector" else affine.max_norm
-        if limit is not None: t.mul_((limit / t.norm(dim=-1, keepdim=True)).clamp(max=1.0))
+    @torch.no_grad()
+    def project(self) -> None:
+        "Back to where they may be."
+        vector = self.tensors["vector"]
+        if self.basis is not None: vector.sub_(self.basis @ (self.basis.T @ vector))
+        norm = vector.norm().clamp(min=1e-12)
+        vector.mul_(norm.clamp(min=self.job.min_norm, max=self.job.max_norm) / norm if self.job.min_norm or self.job.max_norm else 1)
+        for side in ("left", "right") if self.affine else ():
+            rows = self.tensors[side]
+            rows.mul_((self.affine.max_norm / rows.norm(dim=-1, keepdim=True)).clamp(max=1.0))
+
+    def steering(self, noise: Tensor | None = None) -> Steering: # differentiable
+        vector = self.tensors["vector"] if noise is None else self.tensors["vector"] + noise
+        return Steering(vector, self.layers, self.job.mode, self.job.positions, left=self.tensors.get("left"), right=self.tensors.get("right"))
+
+    def frozen(self) -> Steering: # a copy of its own, on the CPU
+        s = self.steering()
+        return s.replace(**{k: t.detach().cpu().clone() for k, t in s._tensors().items()})
+
+    @torch.no_grad()
+    def set(self, steering: Steering) -> None:
+        for k, t in steering._tensors().items(): self.tensors[k].copy_(t)
+
+    def size(self) -> Tensor: # |v|, plus the Frobenius norm of an affine map
+        size = self.tensors["vector"].norm()
+        if self.affine: size = size + (self.tensors["left"].mT @ self.tensors["right"]).norm()
+        return size
+
+# %% ../nbs/03_optimize.ipynb #2f1bdeb3
+class _Adam:
+    "Adam with the paper's settings, projected."
+    def __init__(self, moving: _Moving, lr: float):
+        self.moving, self.adam = moving, torch.optim.Adam(moving.free, lr=lr)
+    def accepts(self, loss: float) -> bool: return True
+    def step(self) -> None:
+        self.adam.step()
+        self.moving.project()
+
+class _LBFGS:
+    "Limited-memory BFGS in a trust region, projected."
+    def __init__(self, moving: _Moving, lr: float, memory: int = 10):
+        self.moving, self.pairs = moving, deque(maxlen=memory)
+        self.radius = lr * math.sqrt(self._flat().numel()) # Adam's first step is as long
+        self.point = self.gradient = self.loss = None
+        self.predicted, self.accepted = 0.0, True
+
+    def _flat(self) -> Tensor: return torch.cat([t.detach().flatten() for t in self.moving.free])
+
+    def accepts(self, loss: float) -> bool:
+        self.trial, self.ratio = loss, 1.0 if self.loss is None else (self.loss - loss) / max(self.predicted, 1e-12)
+        self.accepted = self.loss is None or self.ratio > 1e-4
+        return self.accepted
+
+    def step(self) -> None:
+        if self.accepted: self._learn()
+        else: self.radius = self.moved / 4
+        if self._try(self._newton()) <= 0:
+            self.pairs.clear()
+            self._try(-self.gradient)
+
+    def _learn(self) -> None:
+        point, gradient = self._flat(), torch.cat([t.grad.flatten() for t in self.moving.free])
+        if self.point is not None:
+            s, y = point - self.point, gradient - self.gradient
+            if s @ y > 1e-8 * s.norm() * y.norm(): self.pairs.append((s, y))
+            if self.ratio > 0.75 and self.moved > 0.8 * self.radius: self.radius *= 2
+            elif self.ratio < 0.25: self.radius /= 2
+        self.point, self.gradient, self.loss = point, gradient.clone(), self.trial
+
+    def _newton(self) -> Tensor: # minus the inverse Hessian times the gradient, by the two-loop recursion
+        q, weights = self.gradient.clone(), []
+        for s, y in reversed(self.pairs):
+            weights.append((s @ q) / (s @ y))
+            q -= weights[-1] * y
+        q *= (self.pairs[-1][0] @ self.pairs[-1][1]) / self.pairs[-1][1].square().sum() if self.pairs else self.radius / q.norm()
+        for s, y in self.pairs: q += (weights.pop() - (y @ q) / (s @ y)) * s
+        return -q
+
+    @torch.no_grad()
+    def _try(self, direction: Tensor) -> float: # the decrease that the model of the loss predicts
+        share = min(1.0, self.radius / max(direction.norm().item(), 1e-12))
+        parts = (self.point + share * direction).split([t.numel() for t in self.moving.free])
+        for t, part in zip(self.moving.free, parts, strict=True): t.copy_(part.view_as(t))
+        self.moving.project()
+        step = self._flat() - self.point
+        self.moved, self.predicted = step.norm().item(), -(self.gradient @ step).item() * (1 - share / 2)
+        return self.predicted
+
+# %% ../nbs/03_optimize.ipynb #a060f44a
+class _Reach:
+    "The first phase: the loss, and what is asked beside it."
+    def __init__(self, job: Job, targets: Sequence[float | None]):
+        self.job, self.targets = job, targets
+        self.hold = _Multipliers(10.0) if job.retain and job.retain.budget is not None else None
+
+    def _pieces(self, losses: list[Tensor]) -> tuple[Tensor, Tensor | None]: # what is minimised, mean KL
+        terms, kl = losses[0], losses[1].mean() if self.job.retain else None
+        if self.job.satisfice:
+            terms = torch.stack([t if goal is None else (t - goal).square() for t, goal in zip(terms, self.targets, strict=True)])
+        total = terms.sum() if kl is None or self.hold else terms.sum() + self.job.retain.weight * kl
+        return total, kl
+
+    def value(self, losses: list[Tensor]) -> float: return self._pieces(losses)[0].item()
+    def kept(self, losses: list[Tensor]) -> bool: return self.hold is None or losses[1].mean().item() <= 1.001 * self.job.retain.budget
+
+    def aim(self, losses: list[Tensor]) -> Tensor:
+        total, kl = self._pieces(losses)
+        # in units of the budget, so that a multiplier means the same for a small and a large one
+        return total + self.hold((kl / self.job.retain.budget - 1)[None]) if self.hold else total
+
+    def ascend(self) -> None:
+        if self.hold: self.hold.ascend()
+
+    def reason(self, history: list[Tensor], aims: list[float]) -> str | None:
+        targets = [None] * len(self.targets) if self.job.satisfice else self.targets
+        return self.job.stop.reason(history, targets, aims)
+
+class _Least:
+    "The second phase: the least norm (or the greatest shift) among the vectors that keep what was reached."
+    def __init__(self, job: Job, reached: Tensor, kl: float | None, moving: _Moving):
+        budget = job.retain.budget if job.retain else None
+        self.job, self.moving, self.reached, self.kl = job, moving, reached, None if kl is None else max(kl, budget or 0)
+        self.hold, self.unit = _Multipliers(job.refine.damping), None
+
+    def _least(self, losses: list[Tensor]) -> Tensor: # in units of what it was at the beginning
+        least = self.moving.size() if self.job.refine.least == "norm" else losses[-1].sum()
+        if self.unit is None: self.unit = abs(least.item())
+        return least / self.unit
+
+    def _above(self, losses: list[Tensor]) -> Tensor:
+        above = losses[0] - self.reached.to(losses[0].device)
+        return above if self.kl is None else torch.cat([above, losses[1].mean()[None] - self.kl])
+
+    def value(self, losses: list[Tensor]) -> float: return self._least(losses).item()
+    def kept(self, losses: list[Tensor]) -> bool: return bool((self._above(losses) <= 1e-3 * (1 + self.reached.abs().max())).all())
+    def aim(self, losses: list[Tensor]) -> Tensor: return self._least(losses) + self.hold(self._above(losses))
+    def ascend(self) -> None: self.hold.ascend()
+    def reason(self, history: list[Tensor], aims: list[float]) -> str | None: return None
+
+def _retain_terms(lm: LM, retain: Retain | None) -> Terms | None:
+    if retain is None: return None
+    if not retain.texts: raise ValueError("Retain needs at least one text.")
+    return Terms(lm, [Example(text, match=record_text(lm, text), positions="all") for text in retain.texts], Objective(1.0, per_token=True))
+
+def _shift_terms(lm: LM, terms: Terms, refine: Refine | None) -> Terms | None:
+    if refine is None or refine.least == "norm": return None
+    return Terms(lm, [Example(e.prompt, shift=refine.least, sign=e.sign, positions=e.positions) for e in terms.examples])
 
 # %% ../nbs/03_optimize.ipynb #bf0dd161
-def optimize(
-    lm: LM, # the model
-    examples: Example | Sequence[Example], # one, or several that share the vector
-    layer: int | Sequence[int], # the inputs of these blocks
-    *,
-    max_norm: float | None = None, # |v| is kept at or below this
-    start_norm: float = 1.0, # of the random start
-    start: Steering | Tensor | None = None, # start here instead
-    lr: float | None = None, # Adam's learning rate; 2% of the stream's root mean square at the layer if None
-    steps: int = 50, # at most so many updates
-    mode: str = "add", # "add", "clamp", "ablate" or "affine"
-    positions: Positions = "all", # which tokens are steered while optimising, and afterwards
-    objective: Objective = Objective(), # noqa: B008 coldness and the form of suppression
-    stop: Stop = Stop(), # when to end early
-    affine: Affine | None = None, # the low-rank part, for mode="affine"
-    seed: int = 0, # of the start
-    callback: Callable[[int, Tensor, Steering], object] | None = None, # called with (step, losses, vector); True ends the run
-    progress: bool = True, # show a bar when it takes long
-) -> Fit:
-    "Optimise a steering vector by gradient descent on the sum of the examples' terms (paper section 2)."
-    _check_numbers(steps, max_norm, start_norm, lr)
-    layers = sorted({lm.check_layer(i) for i in ([layer] if isinstance(layer, int) else layer)})
-    affine = (affine or Affine()) if mode == "affine" else None
-    terms = Terms(lm, examples, objective)
-    moving = _start(lm, seed, start, start_norm, affine)
-    _project(moving, max_norm, affine)
-    lr = 0.02 * lm.stream_norm(layers[0]) / math.sqrt(lm.d_model) if lr is None else lr
-    make = lambda: Steering(moving["vector"], layers, mode, positions, left=moving.get("left"), right=moving.get("right"))
-    run = _Run(terms, make, torch.optim.Adam(moving.values(), lr=lr), lambda: _project(moving, max_norm, affine), steps, stop, callback)
-    with lm.resume(layers[0], terms.states(layers[0])) if layers[0] and lm.can_resume else nullcontext(): run.go(progress)
-    settings = dict(lr=lr, max_norm=max_norm, start_norm=start_norm, seed=seed, **dataclasses.asdict(objective))
-    return run.fit(dict(lm.about(), examples=[dataclasses.asdict(e) for e in terms.examples], settings=settings))
+Asked = list[tuple[Terms, Steering]]
 
-def _check_numbers(steps: int, max_norm: float | None, start_norm: float, lr: float | None) -> None:
-    if steps < 0: raise ValueError(f"steps must be at least 0, not {steps}.")
-    for name, value in dict(max_norm=max_norm, start_norm=start_norm, lr=lr).items():
-        if value is not None and not 0 < value < math.inf: raise ValueError(f"{name} must be positive and finite, not {value}.")
-
-# %% ../nbs/03_optimize.ipynb #632ef862
-class _Run:
-    "One optimisation under way."
-    def __init__(self, terms: Terms, make: Callable[[], Steering], optimizer: torch.optim.Optimizer, project: Callable[[], None],
-                 steps: int, stop: Stop, callback: Callable | None):
-        self.terms, self.make, self.optimizer, self.project = terms, make, optimizer, project
-        self.steps, self.stop, self.callback = steps, stop, callback
+class _Descent:
+    "One job under way."
+    def __init__(self, lm: LM, job: Job):
+        self.lm, self.job, self.moving = lm, job, _Moving(lm, job)
+        self.terms = Terms(lm, job.examples, job.objective)
+        self.retain, self.shift = _retain_terms(lm, job.retain), _shift_terms(lm, self.terms, job.refine)
+        self.lr = 0.02 * lm.stream_norm(self.first) / math.sqrt(lm.d_model) if job.lr is None else job.lr
+        self.source, self.last_noise = torch.Generator().manual_seed(job.seed + 1), None
         self.history: list[Tensor] = []
         self.norms: list[float] = []
-        self.best: tuple[float, int, Steering] | None = None
-        self.stopped, self.seconds = "steps", 0.0
+        self.retained: list[float] = []
+        self.aims: list[float] = []
+        self.best: tuple[tuple[bool, float], int, Steering] | None = None
+        self.stopped, self.refined, self.began, self.seconds = "", None, time.perf_counter(), 0.0
+        self.process = self._process()
 
-    def go(self, progress: bool) -> None:
-        began = time.perf_counter()
-        with Progress(self.steps, "optimize", "step", shown=progress) as bar:
-            try:
-                while (reason := self._evaluate()) is None:
-                    self._advance()
-                    bar.update(loss=f"{self.history[-1].sum():.3g}")
-                self.stopped = reason
-            except KeyboardInterrupt:
-                if self.best is None: raise
-                self.stopped = "interrupted"
-        self.seconds = time.perf_counter() - began
+    @property
+    def first(self) -> int: return self.moving.layers[0]
 
-    def _evaluate(self) -> str | None:
-        losses, steering = self.terms(self.make()), self._frozen()
-        if not losses.isfinite().all(): return self._no_longer_finite()
-        self.loss, step = losses.sum(), len(self.history)
-        self.history.append(losses.detach().cpu())
+    def send(self, answer: list[Tensor] | None = None) -> Asked | Tensor | None:
+        "The next thing the process wants; None once it has ended."
+        try: return self.process.send(answer)
+        except StopIteration: return None
+        finally: self.seconds = time.perf_counter() - self.began
+
+    def _process(self) -> Generator[Asked | Tensor, list[Tensor] | None, None]:
+        step = {"adam": _Adam, "lbfgs": _LBFGS}[self.job.optimizer](self.moving, self.lr)
+        reason = yield from self._phase(_Reach(self.job, self.terms.targets), step, self.job.steps)
+        if self.job.refine and reason in ("steps", "target", "every term's target", "no change"):
+            _, row, steering = self.best
+            self.moving.set(steering)
+            self.refined, self.best = len(self.history), None
+            phase = _Least(self.job, self.history[row], self.retained[row] if self.retained else None, self.moving)
+            reason = yield from self._phase(phase, _Adam(self.moving, self.job.refine.lr or self.lr / 4), self.job.refine.steps)
+        self.stopped = reason
+
+    def _phase(self, phase: _Reach | _Least, optimizer: _Adam | _LBFGS, steps: int):
+        noise, first = self.job.noise, len(self.history)
+        while True:
+            losses = self._mean((yield self._asked(self._noises() if noise and not noise.tangent else [None])))
+            if not all(part.isfinite().all() for part in losses): return self._no_longer_finite()
+            aim, reason = self._record(phase, losses, first)
+            if reason or len(self.history) > first + steps: return reason or "steps"
+            if optimizer.accepts(aim.item()):
+                self._forget()
+                yield aim
+                if noise and noise.tangent:
+                    losses = self._mean((yield self._asked(self._noises())))
+                    self._forget()
+                    yield phase.aim(losses)
+                phase.ascend()
+            optimizer.step()
+
+    def _problems(self) -> list[Terms]: return [p for p in (self.terms, self.retain, self.shift) if p is not None]
+
+    def _asked(self, noises: Sequence[Tensor | None]) -> Asked:
+        steerings = [self.moving.steering(noise) for noise in noises]
+        return [(problem, s) for s in steerings for problem in self._problems()]
+
+    def _mean(self, losses: list[Tensor]) -> list[Tensor]: # over the draws, for each problem
+        count = len(self._problems())
+        return [torch.stack(losses[i::count]).mean(0) for i in range(count)]
+
+    def _noises(self) -> list[Tensor]:
+        noise, vector = self.job.noise, self.moving.tensors["vector"]
+        drawn = noise.scale * torch.randn(noise.draws, len(vector), generator=self.source)
+        drawn, self.last_noise = drawn - self.last_noise if noise.anti and self.last_noise is not None else drawn, drawn
+        drawn = drawn.to(vector.device)
+        if noise.tangent and vector.grad is not None and vector.grad.any():
+            along = vector.grad / vector.grad.norm()
+            drawn = drawn - (drawn @ along)[:, None] * along
+        return list(drawn)
+
+    def _record(self, phase: _Reach | _Least, losses: list[Tensor], first: int) -> tuple[Tensor, str | None]:
+        "Keep what an evaluation gave; the scalar to descend on, and why to stop."
+        aim, steering, step = phase.aim(losses), self.moving.frozen(), len(self.history)
+        self.history.append(losses[0].detach().cpu())
         self.norms.append(steering.norm)
-        reason = self.stop.reason(self.history, self.terms.targets)
-        if self.best is None or self.loss.item() < self.best[0] or (reason or "").endswith("target"):
-            self.best = (self.loss.item(), step, steering)
-        if reason is None and self.callback and self.callback(step, self.history[-1], steering): reason = "callback"
-        return reason or ("steps" if step >= self.steps else None)
+        if self.retain: self.retained.append(losses[1].mean().item())
+        kept, value = phase.kept(losses), phase.value(losses)
+        self.aims.append(value)
+        reason = phase.reason(self.history[first:], self.aims[first:]) if kept else None
+        if self.best is None or (not kept, value) < self.best[0] or (reason or "").endswith("target"):
+            self.best = ((not kept, value), step, steering)
+        if reason is None and self.job.callback and self.job.callback(step, self.history[-1], steering): reason = "callback"
+        return aim, reason
+
+    def _forget(self) -> None:
+        for t in self.moving.tensors.values(): t.grad = None
 
     def _no_longer_finite(self) -> str:
         if self.best is None: raise ValueError("The loss is not finite at the start: the model gives NaN or infinity on this example.")
         return "non-finite loss"
 
-    def _frozen(self) -> Steering:
-        s = self.make()
-        return s.replace(**{k: t.detach().cpu().clone() for k, t in s._tensors().items()})
-
-    def _advance(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss.backward()
-        self.optimizer.step()
-        self.project()
-
-    def fit(self, about: dict) -> Fit:
+    def fit(self) -> Fit:
         "The result, with the vector's own record of where it comes from."
-        loss, step, steering = self.best
-        losses = dict(zip(self.terms.labels, self.history[step].tolist(), strict=True))
-        about |= dict(loss=loss, losses=losses, steps=step, stopped=self.stopped)
-        return Fit(steering.replace(about=about), torch.stack(self.history), self.terms.labels, self.terms.targets,
-                   self.norms, self.stopped, step, self.seconds)
+        _, row, steering = self.best
+        losses = dict(zip(self.terms.labels, self.history[row].tolist(), strict=True))
+        settings = self.job.about() | dict(lr=self.lr)
+        about = dict(self.lm.about(), examples=[e.about() for e in self.terms.examples], settings=settings,
+                     loss=self.history[row].sum().item(), losses=losses, steps=row, stopped=self.stopped)
+        return Fit(steering.replace(about=about), torch.stack(self.history), self.terms.labels, self.terms.targets, self.norms,
+                   self.stopped, row, self.seconds, self.retained or None, self.refined)
+
+# %% ../nbs/03_optimize.ipynb #bb97c95f
+def optimize_many(
+    lm: LM, # the model
+    jobs: Iterable[Job], # any mixture of examples, layers, norms, seeds
+    *,
+    tokens_per_pass: int = 2048, # at most so many tokens in one pass, padding included (one job at least)
+    progress: bool = True, # show a bar when it takes long
+) -> list[Fit]: # in the order of the jobs
+    "Run many optimisations at once. An interrupt ends them all, each with its best vector so far."
+    descents = [_Descent(lm, job) for job in jobs]
+    if not descents: raise ValueError("There is no job to run.")
+    total = sum(job.steps + (job.refine.steps if job.refine else 0) for job in (d.job for d in descents))
+    with Progress(total, "optimize", "step", shown=progress) as bar:
+        try: _drive(lm, descents, tokens_per_pass, bar)
+        except KeyboardInterrupt:
+            if any(d.best is None for d in descents): raise
+            for d in descents: d.stopped = d.stopped or "interrupted"
+    return [d.fit() for d in descents]
+
+@delegates(Job)
+def optimize(
+    lm: LM, # the model
+    examples: Example | Sequence[Example], # one, or several that share the vector
+    layer: int | Sequence[int], # the inputs of these blocks
+    *,
+    progress: bool = True, # show a bar when it takes long
+    **kwargs, # the fields of `Job`
+) -> Fit:
+    "Optimise a steering vector by gradient descent on the sum of the examples' terms (paper section 2)."
+    return optimize_many(lm, [Job(examples, layer, **kwargs)], progress=progress)[0]
+
+def _drive(lm: LM, descents: Sequence[_Descent], tokens: int, bar: Progress) -> None:
+    "Answer what the processes ask until all have ended."
+    waiting = {d: d.send() for d in descents}
+    while waiting:
+        for together in list(_passes(waiting, tokens, lm.can_resume)):
+            losses = iter(losses_together(lm, [a for d in together for a in waiting[d]], together[0].first if lm.can_resume else 0))
+            answers = {d: d.send([next(losses) for _ in waiting[d]]) for d in together}
+            if aims := [a for a in answers.values() if isinstance(a, Tensor)]: torch.stack(aims).sum().backward()
+            for d, answer in answers.items():
+                waiting[d] = d.send() if isinstance(answer, Tensor) else answer
+                if waiting[d] is None: del waiting[d]
+            bar.update(len(together), loss=f"{statistics.mean(d.history[-1].sum().item() for d in together):.3g}")
+
+def _passes(waiting: dict[_Descent, Asked], tokens: int, by_layer: bool) -> Iterator[list[_Descent]]:
+    "Processes whose rows go into one pass."
+    size = {d: sum(terms.layout(s).tokens for terms, s in asked) for d, asked in waiting.items()}
+    layer = lambda d: d.first if by_layer else 0
+    for first in sorted({layer(d) for d in waiting}):
+        together: list[_Descent] = []
+        for d in sorted((d for d in waiting if layer(d) == first), key=size.get):
+            if together and sum(map(size.get, together)) + size[d] > tokens:
+                yield together
+                together = []
+            together.append(d)
+        yield together

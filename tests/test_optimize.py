@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from oneshot_steering.lm import TINY_ARCHITECTURES, tiny_lm
-from oneshot_steering.objective import Example, Objective, Terms
-from oneshot_steering.optimize import Affine, Stop, optimize
+from oneshot_steering.objective import Example, Objective, Shift, Terms
+from oneshot_steering.optimize import Affine, Job, Noise, Refine, Retain, Stop, _Descent, optimize, optimize_many
 from oneshot_steering.recipes import swapped_choice
 from oneshot_steering.steering import MODES, Steering
 
@@ -95,13 +95,13 @@ def test_patience_counts_consecutive_steps():
 
 @pytest.mark.parametrize("nan_at", [0, 3])
 def test_a_loss_that_is_not_finite(monkeypatch, nan_at):
-    calls, compute = [], Terms.__call__
+    calls, compute = [], Terms.losses
 
-    def broken(self, steering=None):
+    def broken(self, *args):
         calls.append(1)
-        return compute(self, steering) * (math.nan if len(calls) > nan_at else 1)
+        return compute(self, *args) * (math.nan if len(calls) > nan_at else 1)
 
-    monkeypatch.setattr(Terms, "__call__", broken)
+    monkeypatch.setattr(Terms, "losses", broken)
     if nan_at == 0:
         with pytest.raises(ValueError, match="not finite at the start"):
             optimize(tiny_lm(), EXAMPLE, 2)
@@ -153,3 +153,157 @@ def test_swapped_choice_is_four_terms_and_mirrored():
         now = Terms(lm, [first, second])()
     fit = optimize(lm, [first, second, *kept], 2, lr=0.5, steps=30)
     assert not (now <= torch.tensor([*first.targets, *second.targets])).all() and fit.loss < fit.losses[0].sum()
+
+
+LONG = Example("the other dogs are sleeping in the warm morning sun", promote=[" dogs", " fox"], suppress=" cats")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("example", [EXAMPLE, LONG], ids=["short", "longer than the window"])
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_packed_rows_change_nothing(architecture, example):
+    lm, steering = tiny_lm(architecture), Steering(torch.randn(32, generator=torch.Generator().manual_seed(0)), 1)
+    twin = dataclasses.replace(example, prompt=example.prompt + " while")
+    terms = Terms(lm, [example, twin])
+    packed = (lm.window or 99) > len(lm.encode(example.prompt)) + 5
+    assert (terms.layout(steering).sees is not None) == packed
+    by_hand = torch.cat([losses_by_hand(lm, e, steering) for e in (example, twin)])
+    assert torch.allclose(terms(steering), by_hand, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_many_at_once_equal_single_runs(architecture):
+    lm = tiny_lm(architecture)
+    other = Example("There is", promote=" no reason", suppress=["a", " long dog"], sign=-1)
+    options = dict(lr=0.3, steps=8, max_norm=6)
+    jobs = [
+        Job(EXAMPLE, 1, **options),
+        Job([EXAMPLE, other], 1, seed=3, **options),
+        Job(other, 3, positions="last_2", **options),
+        Job(EXAMPLE, (1, 2), mode="affine", affine=Affine(rank=2), **options),
+        Job(other, 1, mode="clamp", retain=Retain(("the fox is here", "a dog")), **options),
+        Job(LONG, 2, stop=Stop(target=1e9), **options),
+    ]
+    for tokens in (10_000, 30):
+        for fit, job in zip(optimize_many(lm, jobs, tokens_per_pass=tokens), jobs, strict=True):
+            alone = optimize_many(lm, [job])[0]
+            assert (fit.stopped, fit.steps) == (alone.stopped, alone.steps)
+            assert torch.allclose(fit.losses, alone.losses, rtol=2e-3, atol=1e-5)
+
+
+def test_many_are_interrupted_together_and_keep_their_best():
+    lm, seen = tiny_lm(), []
+
+    def interrupt(step, losses, steering):
+        seen.append(step)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+
+    short = Job(EXAMPLE, 2, steps=1)
+    fits = optimize_many(lm, [Job(EXAMPLE, 1, lr=0.3), Job(EXAMPLE, 2, seed=1, lr=0.3, callback=interrupt), short])
+    assert [f.stopped for f in fits] == ["interrupted", "interrupted", "steps"] and all(f.loss <= f.losses[0].sum() for f in fits)
+    assert not [m for m in lm.model.modules() if m._forward_pre_hooks or "forward" in vars(m)]
+
+
+def test_one_broken_job_leaves_the_others_alone():
+    lm = tiny_lm()
+    alone = optimize(lm, EXAMPLE, 1, lr=0.3, steps=6)
+    broken = Job(EXAMPLE, 1, lr=1e30, steps=6, start_norm=1e18)
+    fits = optimize_many(lm, [broken, Job(EXAMPLE, 1, lr=0.3, steps=6)])
+    assert torch.allclose(fits[1].losses, alone.losses, rtol=1e-3) and fits[0].steering.vector.isfinite().all()
+
+
+def test_retaining_lowers_the_divergence_and_a_budget_is_kept():
+    lm, texts = tiny_lm(), ("the fox is in the sun", "a dog and other dogs")
+    free, weighted, bound = (
+        optimize(lm, EXAMPLE, 1, lr=0.3, steps=60, retain=Retain(texts, weight, budget))
+        for weight, budget in ((0.0, None), (30.0, None), (1.0, 0.3))
+    )
+    kl = [f.retained[f.step] for f in (free, weighted, bound)]
+    assert kl[1] < kl[0] / 2 and kl[2] <= 0.301 < kl[0] and bound.loss < bound.losses[0].sum()
+    prompts = [lm.encode(t) for t in texts]
+    with torch.no_grad():
+        by_hand = []
+        for ids in prompts:
+            at, mask = lm.pad([ids])
+            plain = lm.run(at, mask, mask.sum(-1)).logits[0, :-1].log_softmax(-1)
+            with lm.steer(bound.steering):
+                steered = lm.run(at, mask, mask.sum(-1)).logits[0, :-1].log_softmax(-1)
+            by_hand.append((plain.exp() * (plain - steered)).sum(-1).mean().item())
+    assert kl[2] == pytest.approx(sum(by_hand) / 2, rel=1e-3)
+
+
+def test_refinement_shrinks_the_vector_and_keeps_the_losses():
+    lm = tiny_lm()
+    fit = optimize(lm, EXAMPLE, 1, lr=0.5, steps=80, stop=Stop(target=26.0), refine=Refine(steps=150))
+    reached = fit.losses[: fit.refined].sum(-1)
+    start = int((reached <= 26.0).nonzero()[0])
+    assert fit.norms[fit.step] < 0.95 * fit.norms[start] and fit.step >= fit.refined
+    assert (fit.losses[fit.step] <= fit.losses[start] + 1e-3 * (1 + fit.losses[start].max())).all()
+
+
+def test_refinement_can_look_for_the_greatest_shift():
+    lm = tiny_lm()
+    options = dict(lr=0.5, steps=80, max_norm=16, stop=Stop(target=26.0))
+    plain, far = optimize(lm, EXAMPLE, 1, **options), optimize(lm, EXAMPLE, 1, refine=Refine(steps=150, least=Shift(3)), **options)
+    shift = Terms(lm, Example(EXAMPLE.prompt, shift=Shift(3)))
+    with torch.no_grad():
+        assert shift(far.steering) < shift(plain.steering)
+    assert far.losses[far.step].sum() <= plain.loss + 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_shift_by_hand(architecture):
+    lm, steering = tiny_lm(architecture), Steering(torch.randn(32, generator=torch.Generator().manual_seed(0)), 1)
+    plain = lm.hidden_states("the other dogs", 3)
+    with lm.steer(steering):
+        moved = lm.hidden_states("the other dogs", 3) - plain
+    for power, root in ((2, 2), (4, 1)):
+        wanted = -moved.norm(dim=-1).pow(power).sum().pow(1 / root).item()
+        assert Terms(lm, Example("the other dogs", shift=Shift(3, power, root)))(steering).item() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_satisficing_converges_to_the_targets():
+    lm = tiny_lm()
+    wanted = Example("the other", promote=" dogs", suppress=" cats", targets=[6.0, 0.05])
+    fit = optimize(lm, wanted, 1, lr=0.1, steps=400, satisfice=True)
+    assert fit.losses[fit.step].tolist() == pytest.approx([6.0, 0.05], abs=0.02)
+    early = optimize(lm, wanted, 1, lr=0.1, steps=400)
+    assert early.stopped == "every term's target" and early.steps < fit.steps
+
+
+def test_lbfgs_needs_fewer_steps_and_never_takes_a_worse_point():
+    lm = tiny_lm()
+    reached = [optimize(lm, EXAMPLE, 1, steps=60, max_norm=15, optimizer=o, lr=0.1, stop=Stop(change=None)) for o in ("adam", "lbfgs")]
+    target = reached[0].loss
+    fast = optimize(lm, EXAMPLE, 1, steps=60, max_norm=15, optimizer="lbfgs", lr=0.1, stop=Stop(target=target))
+    assert fast.stopped == "target" and fast.steps < reached[0].step
+    assert max(reached[1].norms) <= 15 + 1e-4
+
+
+@pytest.mark.parametrize("noise", [Noise(0.2), Noise(0.2, draws=3), Noise(0.2, tangent=True), Noise(0.2, anti=True, tangent=True)], ids=repr)
+def test_noise_is_drawn_as_asked(noise):
+    lm = tiny_lm()
+    descent = _Descent(lm, Job(EXAMPLE, 1, noise=noise, lr=0.1, steps=3))
+    fit = optimize(lm, EXAMPLE, 1, noise=noise, lr=0.3, steps=40)
+    assert fit.loss < fit.losses[0].sum() and torch.equal(fit.losses, optimize(lm, EXAMPLE, 1, noise=noise, lr=0.3, steps=40).losses)
+    vector = descent.moving.tensors["vector"]
+    vector.grad = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    draws = [torch.stack(descent._noises()) for _ in range(200)]
+    assert all(d.shape == (noise.draws, 32) for d in draws)
+    drawn = torch.stack(draws).double()
+    spread = 0.2 * math.sqrt(2 if noise.anti else 1)
+    assert drawn.std().item() == pytest.approx(spread, rel=0.1)
+    if noise.tangent:
+        assert (drawn @ vector.grad.double()).abs().max() < 1e-4
+    follows = (drawn[1:] * drawn[:-1]).mean() / drawn.square().mean()
+    assert follows.item() == pytest.approx(-0.5 if noise.anti else 0, abs=0.1)
+
+
+def test_vectors_stay_orthogonal_and_on_their_sphere():
+    lm = tiny_lm()
+    first = optimize(lm, EXAMPLE, 1, lr=0.3, steps=10)
+    second = optimize(lm, EXAMPLE, 1, lr=0.3, steps=10, orthogonal_to=[first.steering], min_norm=4, max_norm=4)
+    assert second.norms == pytest.approx([4] * 11, rel=1e-5)
+    assert abs(torch.cosine_similarity(first.steering.vector, second.steering.vector, dim=0).item()) < 1e-5
