@@ -21,7 +21,7 @@ __all__ = ['Recorded', 'Shift', 'Example', 'Objective', 'token_losses', 'to_hart
            'Terms', 'losses_together', 'record', 'record_text']
 
 # %% ../nbs/02_objective.ipynb #a096e4b3
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recorded:
     "A text with the next-token logits that a model gave on it."
     pair: Pair # its tokens; the logits belong to the completion

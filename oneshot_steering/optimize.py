@@ -108,7 +108,7 @@ class Noise:
 class Refine:
     "After the loss is reached: the least of something else among the vectors that reach it."
     steps: int = 100 # updates
-    least: str | Shift = "norm" # |v| (and the norm of an affine map), or a shift to make as large as possible
+    least: str | Shift | Callable[[Steering], Tensor] = "norm" # |v| (and the norm of an affine map); a shift to make as large as possible; or any scalar
     lr: float | None = None # a quarter of the first phase's if None
     damping: float = 10.0 # how stiffly the losses are held
 
@@ -173,6 +173,7 @@ class Job:
         "What a saved vector remembers of how it was found."
         left_out = ("examples", "layer", "mode", "positions", "start", "orthogonal_to", "callback", "objective", "stop", "affine")
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
+        if self.refine and callable(self.refine.least): kept["refine"] = dataclasses.replace(self.refine, least=self.refine.least.__qualname__)
         plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in kept.items()}
         return plain | dataclasses.asdict(self.objective) | dict(stop=dataclasses.asdict(self.stop))
 
@@ -323,7 +324,8 @@ class _Least:
         self.hold, self.unit = _Multipliers(job.refine.damping), None
 
     def _least(self, losses: list[Tensor]) -> Tensor: # in units of what it was at the beginning
-        least = self.moving.size() if self.job.refine.least == "norm" else losses[-1].sum()
+        asked = self.job.refine.least
+        least = losses[-1].sum() if isinstance(asked, Shift) else self.moving.size() if asked == "norm" else asked(self.moving.steering())
         if self.unit is None: self.unit = abs(least.item())
         return least / self.unit
 
@@ -337,25 +339,39 @@ class _Least:
     def ascend(self) -> None: self.hold.ascend()
     def reason(self, history: list[Tensor], aims: list[float]) -> str | None: return None
 
-def _retain_terms(lm: LM, retain: Retain | None) -> Terms | None:
-    if retain is None: return None
-    if not retain.texts: raise ValueError("Retain needs at least one text.")
-    return Terms(lm, [Example(text, match=record_text(lm, text), positions="all") for text in retain.texts], Objective(1.0, per_token=True))
+class _Workshop:
+    "What jobs on one model can share: problems made ready, and the size of the stream."
+    def __init__(self, lm: LM): self.lm, self._made = lm, {}
 
-def _shift_terms(lm: LM, terms: Terms, refine: Refine | None) -> Terms | None:
-    if refine is None or refine.least == "norm": return None
-    return Terms(lm, [Example(e.prompt, shift=refine.least, sign=e.sign, positions=e.positions) for e in terms.examples])
+    def _once(self, key, make: Callable): return self._made[key] if key in self._made else self._made.setdefault(key, make())
+
+    def terms(self, job: Job) -> Terms:
+        examples = (job.examples,) if isinstance(job.examples, Example) else tuple(job.examples)
+        return self._once((examples, job.objective), lambda: Terms(self.lm, examples, job.objective))
+
+    def retain(self, job: Job) -> Terms | None:
+        if job.retain is None: return None
+        if not job.retain.texts: raise ValueError("Retain needs at least one text.")
+        neutral = lambda: [Example(t, match=record_text(self.lm, t), positions="all") for t in job.retain.texts]
+        return self._once(tuple(job.retain.texts), lambda: Terms(self.lm, neutral(), Objective(1.0, per_token=True)))
+
+    def shift(self, job: Job) -> Terms | None:
+        if job.refine is None or not isinstance(job.refine.least, Shift): return None
+        moved = tuple(Example(e.prompt, shift=job.refine.least, sign=e.sign, positions=e.positions) for e in self.terms(job).examples)
+        return self._once(moved, lambda: Terms(self.lm, moved))
+
+    def lr(self, job: Job, layer: int) -> float:
+        if job.lr is not None: return job.lr
+        return self._once(layer, lambda: 0.02 * self.lm.stream_norm(layer) / math.sqrt(self.lm.d_model))
 
 # %% ../nbs/03_optimize.ipynb #bf0dd161
 Asked = list[tuple[Terms, Steering]]
 
 class _Descent:
     "One job under way."
-    def __init__(self, lm: LM, job: Job):
-        self.lm, self.job, self.moving = lm, job, _Moving(lm, job)
-        self.terms = Terms(lm, job.examples, job.objective)
-        self.retain, self.shift = _retain_terms(lm, job.retain), _shift_terms(lm, self.terms, job.refine)
-        self.lr = 0.02 * lm.stream_norm(self.first) / math.sqrt(lm.d_model) if job.lr is None else job.lr
+    def __init__(self, shop: _Workshop, job: Job):
+        self.lm, self.job, self.moving = shop.lm, job, _Moving(shop.lm, job)
+        self.terms, self.retain, self.shift, self.lr = shop.terms(job), shop.retain(job), shop.shift(job), shop.lr(job, self.first)
         self.source, self.last_noise = torch.Generator().manual_seed(job.seed + 1), None
         self.history: list[Tensor] = []
         self.norms: list[float] = []
@@ -401,6 +417,7 @@ class _Descent:
                     yield phase.aim(losses)
                 phase.ascend()
             optimizer.step()
+            if not all(t.isfinite().all() for t in self.moving.free): return "non-finite loss"
 
     def _problems(self) -> list[Terms]: return [p for p in (self.terms, self.retain, self.shift) if p is not None]
 
@@ -462,9 +479,10 @@ def optimize_many(
     progress: bool = True, # show a bar when it takes long
 ) -> list[Fit]: # in the order of the jobs
     "Run many optimisations at once. An interrupt ends them all, each with its best vector so far."
-    descents = [_Descent(lm, job) for job in jobs]
+    shop = _Workshop(lm)
+    descents = [_Descent(shop, job) for job in jobs]
     if not descents: raise ValueError("There is no job to run.")
-    total = sum(job.steps + (job.refine.steps if job.refine else 0) for job in (d.job for d in descents))
+    total = sum(d.job.steps + 1 + (d.job.refine.steps + 1 if d.job.refine else 0) for d in descents)
     with Progress(total, "optimize", "step", shown=progress) as bar:
         try: _drive(lm, descents, tokens_per_pass, bar)
         except KeyboardInterrupt:

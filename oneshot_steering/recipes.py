@@ -65,12 +65,13 @@ def likeliest(
     prompt: str, # what it reads
     tokens: int = 5, # how long
     beams: int = 5, # width of the search
-) -> str: # end-of-sequence tokens left out
+) -> str: # end-of-sequence tokens left out, and half a character at the end
     "The most probable continuation of a few tokens, by beam search."
     ids, mask = lm.pad([lm.encode(prompt)])
     found = lm.model.generate(input_ids=ids, attention_mask=mask.long(), num_beams=beams, do_sample=False, max_new_tokens=tokens,
                               pad_token_id=lm.tok.pad_token_id if lm.tok.pad_token_id is not None else lm.tok.eos_token_id)
     kept = [t for t in found[0, ids.shape[1]:].tolist() if t not in lm.stop_ids() and t != lm.tok.pad_token_id]
+    while kept and "\ufffd" in lm.decode(kept): kept.pop() # half a character is not a text
     if not kept: raise ValueError("The most probable continuation is the end of the text: there is nothing to promote.")
     return lm.decode(kept)
 

@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from oneshot_steering.lm import TINY_ARCHITECTURES, tiny_lm
+from oneshot_steering.lm import LM, TINY_ARCHITECTURES, tiny_lm
 from oneshot_steering.objective import Example, Objective, Shift, Terms
-from oneshot_steering.optimize import Affine, Job, Noise, Refine, Retain, Stop, _Descent, optimize, optimize_many
+from oneshot_steering.optimize import Affine, Job, Noise, Refine, Retain, Stop, _Descent, _Workshop, optimize, optimize_many
 from oneshot_steering.recipes import swapped_choice
 from oneshot_steering.steering import MODES, Steering
 
@@ -242,6 +243,15 @@ def test_refinement_shrinks_the_vector_and_keeps_the_losses():
     assert (fit.losses[fit.step] <= fit.losses[start] + 1e-3 * (1 + fit.losses[start].max())).all()
 
 
+def test_refinement_takes_any_objective():
+    lm, away = tiny_lm(), torch.eye(32)[3]
+    options = dict(lr=0.5, steps=80, stop=Stop(target=26.0))
+    least = lambda s: (s.vector @ away).square() + 1
+    plain, fit = optimize(lm, EXAMPLE, 1, **options), optimize(lm, EXAMPLE, 1, refine=Refine(steps=100, least=least), **options)
+    assert abs(fit.steering.vector @ away) < 0.5 * abs(plain.steering.vector @ away) and fit.loss <= plain.loss + 0.1
+    assert "lambda" in fit.steering.about["settings"]["refine"]["least"]
+
+
 def test_refinement_can_look_for_the_greatest_shift():
     lm = tiny_lm()
     options = dict(lr=0.5, steps=80, max_norm=16, stop=Stop(target=26.0))
@@ -285,7 +295,7 @@ def test_lbfgs_needs_fewer_steps_and_never_takes_a_worse_point():
 @pytest.mark.parametrize("noise", [Noise(0.2), Noise(0.2, draws=3), Noise(0.2, tangent=True), Noise(0.2, anti=True, tangent=True)], ids=repr)
 def test_noise_is_drawn_as_asked(noise):
     lm = tiny_lm()
-    descent = _Descent(lm, Job(EXAMPLE, 1, noise=noise, lr=0.1, steps=3))
+    descent = _Descent(_Workshop(lm), Job(EXAMPLE, 1, noise=noise, lr=0.1, steps=3))
     fit = optimize(lm, EXAMPLE, 1, noise=noise, lr=0.3, steps=40)
     assert fit.loss < fit.losses[0].sum() and torch.equal(fit.losses, optimize(lm, EXAMPLE, 1, noise=noise, lr=0.3, steps=40).losses)
     vector = descent.moving.tensors["vector"]
@@ -307,3 +317,47 @@ def test_vectors_stay_orthogonal_and_on_their_sphere():
     second = optimize(lm, EXAMPLE, 1, lr=0.3, steps=10, orthogonal_to=[first.steering], min_norm=4, max_norm=4)
     assert second.norms == pytest.approx([4] * 11, rel=1e-5)
     assert abs(torch.cosine_similarity(first.steering.vector, second.steering.vector, dim=0).item()) < 1e-5
+
+
+def test_a_sharded_model_with_weights_on_disk_gives_the_same_losses(tmp_path):
+    lm = tiny_lm()
+    lm.model.save_pretrained(tmp_path / "model")
+    homes = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    homes |= {f"model.layers.{i}": "disk" if i == 2 else "cpu" for i in range(4)}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map=homes, offload_folder=tmp_path / "offload")
+    sharded = LM(model, lm.tok, name=lm.name)
+    for layer in (1, 3):
+        fits = [optimize(m, EXAMPLE, layer, lr=0.3, steps=5) for m in (lm, sharded)]
+        assert torch.allclose(fits[0].losses, fits[1].losses, rtol=1e-4)
+    assert sharded.can_resume and sharded.can_pack
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_weights_give_a_gradient_to_the_vector_alone(tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    lm = tiny_lm(hidden_size=64, head_dim=16, intermediate_size=128)
+    lm.model.save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    quantised = LM(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu"), lm.tok)
+    fit = optimize(quantised, EXAMPLE, 2, lr=0.3, steps=15)
+    assert fit.loss < 0.9 * fit.losses[0].sum() and all(p.grad is None for p in quantised.model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "mamba", "recurrent_gemma", "falcon_mamba"])
+def test_models_that_cannot_be_packed_say_so_and_are_right(architecture):
+    "Positions that are counted from a mask, and state that is carried from token to token."
+    lm = tiny_lm(architecture, **(dict(block_types=["recurrent", "attention"]) if architecture == "recurrent_gemma" else {}))
+    assert not lm.can_pack
+    steering = Steering(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)), 1)
+    with torch.no_grad():
+        found = Terms(lm, EXAMPLE)(steering)
+        assert torch.allclose(found, losses_by_hand(lm, EXAMPLE, steering), rtol=1e-3, atol=1e-5)
+
+
+def test_half_precision_stays_close_to_full():
+    lm = tiny_lm("qwen2")
+    full = optimize(lm, EXAMPLE, 1, lr=0.3, steps=10)
+    lm.model.bfloat16()
+    half = optimize(lm, EXAMPLE, 1, lr=0.3, steps=10)
+    assert half.steering.vector.dtype == torch.float32
+    assert torch.allclose(full.losses.sum(-1), half.losses.sum(-1), rtol=0.05)
