@@ -289,6 +289,7 @@ def pad(self: LM,
         ids[row, columns], mask[row, columns] = torch.tensor(sequence), True
     return ids.to(self.device), mask.to(self.device)
 
+# %% ../nbs/00_lm.ipynb #8314b7d3
 @patch
 def run(self: LM,
     ids: Tensor, # [B, Q] tokens of this pass
@@ -481,6 +482,7 @@ def sees_ancestors(
             row[column, column] = True
     return sees
 
+# %% ../nbs/00_lm.ipynb #a292f5eb
 @patch(as_prop=True)
 def can_pack(self: LM) -> bool:
     "Whether packed rows give this model's own logits; found out on first use."

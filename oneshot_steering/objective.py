@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .lm import LM, PackedRow, Pair, block_input, sees_ancestors
@@ -224,9 +225,10 @@ class Terms:
         "The rows of a pass under `steering`."
         shared = steering is not None and steering.positions == "all"
         if shared not in self._layouts:
-            group = lambda i: (self.examples[i].sign,) if self.rule(i, steering) == "all" else (i,)
-            self._layouts[shared] = _lay_out(self.lm, [_Branch(t.pair.ids[:-1], t.pair.boundary, t.example, group(t.example))
-                                                       for t in self.terms])
+            def group(term): # what may share a row: branches on which the vector acts alike
+                if self.rule(term.example, steering) == "all": return (self.examples[term.example].sign,)
+                return term.example, term.pair.boundary
+            self._layouts[shared] = _lay_out(self.lm, [_Branch(t.pair.ids[:-1], t.pair.boundary, t.example, group(t)) for t in self.terms])
         return self._layouts[shared]
 
     def rows(self, steering: Steering) -> list[Steering]:
@@ -247,37 +249,42 @@ class Terms:
         "The loss of every term under `steering` (with gradient), or under whatever is active."
         return losses_together(self.lm, [(self, steering)])[0]
 
-    def losses(self,
-        logits: Tensor, # [places, vocabulary], the terms' predicted tokens one after another
-        streams: dict[int, Tensor], # [R, T, d_model] at the layers that `shift` terms look at
-        steering: Steering | None, # the layout is the one for it
-    ) -> Tensor: # [terms] nats
-        "The loss of every term from what a pass gave."
-        parts = iter(logits.split([len(t.pair.completion) for t in self.terms if t.kind != "shift"]))
-        places = self.layout(steering).places
-        return torch.stack([self._shifted(t, place, streams, steering) if t.kind == "shift" else self._loss(next(parts), t)
-                            for t, place in zip(self.terms, places, strict=True)])
+# %% ../nbs/02_objective.ipynb #c14c8252
+@patch
+def wanted_places(self: Terms, steering: Steering | None) -> list[tuple[int, int]]:
+    "(row, column) of every place whose logits some term needs."
+    places = zip(self.terms, self.layout(steering).places, strict=True)
+    return [(row, c) for t, (row, columns) in places if t.kind != "shift" for c in columns[t.pair.boundary - 1:]]
 
-    def _loss(self, logits: Tensor, term: Term) -> Tensor:
-        if term.kind == "match": losses = token_divergences(logits, term.wanted.logits, self.objective)
-        else: losses = token_losses(logits, torch.tensor(term.pair.completion, device=logits.device), term.kind, self.objective)
-        return losses.mean() if self.objective.per_token else losses.sum()
+@patch(as_prop=True)
+def watched(self: Terms) -> set[int]: # layers that `shift` terms look at
+    return {self.lm.check_layer(t.wanted.layer) for t in self.terms if t.kind == "shift"}
 
-    def _shifted(self, term: Term, place: tuple, streams: dict[int, Tensor], steering: Steering | None) -> Tensor:
-        layer, (row, columns) = self.lm.check_layer(term.wanted.layer), place
-        moved = streams[layer][row, list(columns)] - self.states(layer, steering)[row, list(columns)].to(streams[layer].device)
-        # the norm has no gradient at zero, where an unsteered stream is
-        length = (moved.float().square().sum(-1) + 1e-12).sqrt()
-        return -length.pow(term.wanted.power).sum().pow(1 / term.wanted.root)
+@patch
+def losses(self: Terms,
+    logits: Tensor, # [places, vocabulary], the terms' predicted tokens one after another
+    streams: dict[int, Tensor], # [R, T, d_model] at the layers that `shift` terms look at
+    steering: Steering | None, # the layout is the one for it
+) -> Tensor: # [terms] nats
+    "The loss of every term from what a pass gave."
+    parts = iter(logits.split([len(t.pair.completion) for t in self.terms if t.kind != "shift"]))
+    places = self.layout(steering).places
+    return torch.stack([self._shifted(t, place, streams, steering) if t.kind == "shift" else self._loss(next(parts), t)
+                        for t, place in zip(self.terms, places, strict=True)])
 
-    def wanted_places(self, steering: Steering | None) -> list[tuple[int, int]]:
-        "(row, column) of every place whose logits some term needs."
-        places = zip(self.terms, self.layout(steering).places, strict=True)
-        return [(row, c) for t, (row, columns) in places if t.kind != "shift" for c in columns[t.pair.boundary - 1:]]
+@patch
+def _loss(self: Terms, logits: Tensor, term: Term) -> Tensor:
+    if term.kind == "match": losses = token_divergences(logits, term.wanted.logits, self.objective)
+    else: losses = token_losses(logits, torch.tensor(term.pair.completion, device=logits.device), term.kind, self.objective)
+    return losses.mean() if self.objective.per_token else losses.sum()
 
-    @property
-    def watched(self) -> set[int]: # layers that `shift` terms look at
-        return {self.lm.check_layer(t.wanted.layer) for t in self.terms if t.kind == "shift"}
+@patch
+def _shifted(self: Terms, term: Term, place: tuple, streams: dict[int, Tensor], steering: Steering | None) -> Tensor:
+    layer, (row, columns) = self.lm.check_layer(term.wanted.layer), place
+    moved = streams[layer][row, list(columns)] - self.states(layer, steering)[row, list(columns)].to(streams[layer].device)
+    # the norm has no gradient at zero, where an unsteered stream is
+    length = (moved.float().square().sum(-1) + 1e-12).sqrt()
+    return -length.pow(term.wanted.power).sum().pow(1 / term.wanted.root)
 
 # %% ../nbs/02_objective.ipynb #9f4c910a
 def losses_together(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import Tensor
 
@@ -237,6 +238,7 @@ class _Adam:
         self.adam.step()
         self.moving.project()
 
+# %% ../nbs/03_optimize.ipynb #c6b28ec9
 class _LBFGS:
     "Limited-memory BFGS in a trust region, projected."
     def __init__(self, moving: _Moving, lr: float, memory: int = 10):
@@ -316,6 +318,7 @@ class _Reach:
         targets = [None] * len(self.targets) if self.job.satisfice else self.targets
         return self.job.stop.reason(history, targets, aims)
 
+# %% ../nbs/03_optimize.ipynb #c2d56552
 class _Least:
     "The second phase: the least norm (or the greatest shift) among the vectors that keep what was reached."
     def __init__(self, job: Job, reached: Tensor, kl: float | None, moving: _Moving):
@@ -339,6 +342,7 @@ class _Least:
     def ascend(self) -> None: self.hold.ascend()
     def reason(self, history: list[Tensor], aims: list[float]) -> str | None: return None
 
+# %% ../nbs/03_optimize.ipynb #96eb78e9
 class _Workshop:
     "What jobs on one model can share: problems made ready, and the size of the stream."
     def __init__(self, lm: LM): self.lm, self._made = lm, {}
@@ -419,56 +423,66 @@ class _Descent:
             optimizer.step()
             if not all(t.isfinite().all() for t in self.moving.free): return "non-finite loss"
 
-    def _problems(self) -> list[Terms]: return [p for p in (self.terms, self.retain, self.shift) if p is not None]
+# %% ../nbs/03_optimize.ipynb #6abcb773
+@patch
+def _problems(self: _Descent) -> list[Terms]: return [p for p in (self.terms, self.retain, self.shift) if p is not None]
 
-    def _asked(self, noises: Sequence[Tensor | None]) -> Asked:
-        steerings = [self.moving.steering(noise) for noise in noises]
-        return [(problem, s) for s in steerings for problem in self._problems()]
+@patch
+def _asked(self: _Descent, noises: Sequence[Tensor | None]) -> Asked:
+    steerings = [self.moving.steering(noise) for noise in noises]
+    return [(problem, s) for s in steerings for problem in self._problems()]
 
-    def _mean(self, losses: list[Tensor]) -> list[Tensor]: # over the draws, for each problem
-        count = len(self._problems())
-        return [torch.stack(losses[i::count]).mean(0) for i in range(count)]
+@patch
+def _mean(self: _Descent, losses: list[Tensor]) -> list[Tensor]: # over the draws, for each problem
+    count = len(self._problems())
+    return [torch.stack(losses[i::count]).mean(0) for i in range(count)]
 
-    def _noises(self) -> list[Tensor]:
-        noise, vector = self.job.noise, self.moving.tensors["vector"]
-        drawn = noise.scale * torch.randn(noise.draws, len(vector), generator=self.source)
-        drawn, self.last_noise = drawn - self.last_noise if noise.anti and self.last_noise is not None else drawn, drawn
-        drawn = drawn.to(vector.device)
-        if noise.tangent and vector.grad is not None and vector.grad.any():
-            along = vector.grad / vector.grad.norm()
-            drawn = drawn - (drawn @ along)[:, None] * along
-        return list(drawn)
+@patch
+def _noises(self: _Descent) -> list[Tensor]:
+    noise, vector = self.job.noise, self.moving.tensors["vector"]
+    drawn = noise.scale * torch.randn(noise.draws, len(vector), generator=self.source)
+    drawn, self.last_noise = drawn - self.last_noise if noise.anti and self.last_noise is not None else drawn, drawn
+    drawn = drawn.to(vector.device)
+    if noise.tangent and vector.grad is not None and vector.grad.any():
+        along = vector.grad / vector.grad.norm()
+        drawn = drawn - (drawn @ along)[:, None] * along
+    return list(drawn)
 
-    def _record(self, phase: _Reach | _Least, losses: list[Tensor], first: int) -> tuple[Tensor, str | None]:
-        "Keep what an evaluation gave; the scalar to descend on, and why to stop."
-        aim, steering, step = phase.aim(losses), self.moving.frozen(), len(self.history)
-        self.history.append(losses[0].detach().cpu())
-        self.norms.append(steering.norm)
-        if self.retain: self.retained.append(losses[1].mean().item())
-        kept, value = phase.kept(losses), phase.value(losses)
-        self.aims.append(value)
-        reason = phase.reason(self.history[first:], self.aims[first:]) if kept else None
-        if self.best is None or (not kept, value) < self.best[0] or (reason or "").endswith("target"):
-            self.best = ((not kept, value), step, steering)
-        if reason is None and self.job.callback and self.job.callback(step, self.history[-1], steering): reason = "callback"
-        return aim, reason
+# %% ../nbs/03_optimize.ipynb #49d8e1e9
+@patch
+def _record(self: _Descent, phase: _Reach | _Least, losses: list[Tensor], first: int) -> tuple[Tensor, str | None]:
+    "Keep what an evaluation gave; the scalar to descend on, and why to stop."
+    aim, steering, step = phase.aim(losses), self.moving.frozen(), len(self.history)
+    self.history.append(losses[0].detach().cpu())
+    self.norms.append(steering.norm)
+    if self.retain: self.retained.append(losses[1].mean().item())
+    kept, value = phase.kept(losses), phase.value(losses)
+    self.aims.append(value)
+    reason = phase.reason(self.history[first:], self.aims[first:]) if kept else None
+    if self.best is None or (not kept, value) < self.best[0] or (reason or "").endswith("target"):
+        self.best = ((not kept, value), step, steering)
+    if reason is None and self.job.callback and self.job.callback(step, self.history[-1], steering): reason = "callback"
+    return aim, reason
 
-    def _forget(self) -> None:
-        for t in self.moving.tensors.values(): t.grad = None
+@patch
+def _forget(self: _Descent) -> None:
+    for t in self.moving.tensors.values(): t.grad = None
 
-    def _no_longer_finite(self) -> str:
-        if self.best is None: raise ValueError("The loss is not finite at the start: the model gives NaN or infinity on this example.")
-        return "non-finite loss"
+@patch
+def _no_longer_finite(self: _Descent) -> str:
+    if self.best is None: raise ValueError("The loss is not finite at the start: the model gives NaN or infinity on this example.")
+    return "non-finite loss"
 
-    def fit(self) -> Fit:
-        "The result, with the vector's own record of where it comes from."
-        _, row, steering = self.best
-        losses = dict(zip(self.terms.labels, self.history[row].tolist(), strict=True))
-        settings = self.job.about() | dict(lr=self.lr)
-        about = dict(self.lm.about(), examples=[e.about() for e in self.terms.examples], settings=settings,
-                     loss=self.history[row].sum().item(), losses=losses, steps=row, stopped=self.stopped)
-        return Fit(steering.replace(about=about), torch.stack(self.history), self.terms.labels, self.terms.targets, self.norms,
-                   self.stopped, row, self.seconds, self.retained or None, self.refined)
+@patch
+def fit(self: _Descent) -> Fit:
+    "The result, with the vector's own record of where it comes from."
+    _, row, steering = self.best
+    losses = dict(zip(self.terms.labels, self.history[row].tolist(), strict=True))
+    settings = self.job.about() | dict(lr=self.lr)
+    about = dict(self.lm.about(), examples=[e.about() for e in self.terms.examples], settings=settings,
+                 loss=self.history[row].sum().item(), losses=losses, steps=row, stopped=self.stopped)
+    return Fit(steering.replace(about=about), torch.stack(self.history), self.terms.labels, self.terms.targets, self.norms,
+               self.stopped, row, self.seconds, self.retained or None, self.refined)
 
 # %% ../nbs/03_optimize.ipynb #bb97c95f
 def optimize_many(

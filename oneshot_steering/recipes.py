@@ -178,6 +178,7 @@ def total_losses(
             bar.update(count)
     return found
 
+# %% ../nbs/04_recipes.ipynb #953572c2
 def label_free_scores(
     lm: LM, # the model
     jobs: Sequence[Job], # what was optimised

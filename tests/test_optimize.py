@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from oneshot_steering.lm import LM, TINY_ARCHITECTURES, tiny_lm
-from oneshot_steering.objective import Example, Objective, Shift, Terms
+from oneshot_steering.objective import Example, Objective, Shift, Terms, record
 from oneshot_steering.optimize import Affine, Job, Noise, Refine, Retain, Stop, _Descent, _Workshop, optimize, optimize_many
 from oneshot_steering.recipes import swapped_choice
 from oneshot_steering.steering import MODES, Steering
@@ -170,6 +170,15 @@ def test_packed_rows_change_nothing(architecture, example):
     assert (terms.layout(steering).sees is not None) == packed
     by_hand = torch.cat([losses_by_hand(lm, e, steering) for e in (example, twin)])
     assert torch.allclose(terms(steering), by_hand, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_terms_whose_prompts_end_elsewhere_do_not_share_a_row_of_prompt_steering():
+    lm, steering = tiny_lm(), Steering(torch.randn(32, generator=torch.Generator().manual_seed(0)), 1, positions="prompt")
+    longer = record(lm, "the other dogs", " are")
+    both = Terms(lm, Example("the other", promote=" dogs are", match=longer))(steering)
+    apart = torch.cat([Terms(lm, Example("the other", promote=" dogs are"))(steering), Terms(lm, Example("the other", match=longer))(steering)])
+    assert torch.allclose(both, apart, rtol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
