@@ -296,7 +296,7 @@ def run(self: LM,
     mask: Tensor, # [B, T] bool over everything so far, T >= Q (earlier columns are in the cache)
     prompt_lengths: Tensor, # [B]
     rows: Tensor | None = None, # [B] which of the caller's prompts each row is; 0, 1, ... if None
-    keep: int | tuple[Tensor, Tensor] | None = None, # where logits are wanted: in the last columns, or at (rows, columns); everywhere if None
+    keep: int | tuple[Tensor, Tensor] | None = None, # where logits are wanted: the last columns, or (rows, columns); everywhere if None
     sees: Tensor | None = None, # [B, T, T] bool, what each column attends to, where rows are packed (see `pack`)
     **kwargs, # for the model, e.g. `past_key_values=`, `use_cache=`
 ): # the model's output; `.logits` is [B, T, vocabulary], [B, keep, vocabulary] or [places, vocabulary]

@@ -161,7 +161,8 @@ def _joined(lm: LM, layouts: Sequence[Layout]) -> Layout:
     square = lambda t: torch.nn.functional.pad(t, (0, width - t.shape[1]) * 2)
     sees = None
     if any(lay.sees is not None for lay in layouts):
-        causal = lambda lay: lay.mask[:, None] & torch.ones_like(lay.mask[0]).outer(torch.ones_like(lay.mask[0])).tril() & lay.mask[..., None]
+        past = lambda lay: torch.ones(2 * lay.ids.shape[1:], dtype=torch.bool, device=lay.ids.device).tril()
+        causal = lambda lay: lay.mask[:, None] & past(lay) & lay.mask[..., None]
         sees = torch.cat([square(causal(lay) if lay.sees is None else lay.sees) for lay in layouts])
     return Layout(torch.cat([wide(lay.ids) for lay in layouts]), torch.cat([wide(lay.mask) for lay in layouts]),
                   torch.cat([lay.prompt_lengths for lay in layouts]), sees, (), ())

@@ -109,7 +109,7 @@ class Noise:
 class Refine:
     "After the loss is reached: the least of something else among the vectors that reach it."
     steps: int = 100 # updates
-    least: str | Shift | Callable[[Steering], Tensor] = "norm" # |v| (and the norm of an affine map); a shift to make as large as possible; or any scalar
+    least: str | Shift | Callable[[Steering], Tensor] = "norm" # |v| and an affine map's norm; a shift to make large; any scalar
     lr: float | None = None # a quarter of the first phase's if None
     damping: float = 10.0 # how stiffly the losses are held
 
@@ -145,7 +145,7 @@ class Job:
     steps: int = 50 # at most so many updates
     mode: str = "add" # "add", "clamp", "ablate" or "affine"
     positions: Positions = "all" # which tokens are steered while optimising, and afterwards
-    objective: Objective = Objective() # coldness and the form of suppression
+    objective: Objective = Objective() # noqa: RUF009 coldness and the form of suppression
     satisfice: bool = False # minimise (term - its target)^2 to convergence, instead of stopping where the targets are crossed
     stop: Stop = Stop() # when to end early
     affine: Affine | None = None # the low-rank part, for mode="affine"
@@ -174,7 +174,8 @@ class Job:
         "What a saved vector remembers of how it was found."
         left_out = ("examples", "layer", "mode", "positions", "start", "orthogonal_to", "callback", "objective", "stop", "affine")
         kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
-        if self.refine and callable(self.refine.least): kept["refine"] = dataclasses.replace(self.refine, least=self.refine.least.__qualname__)
+        if self.refine and callable(self.refine.least):
+            kept["refine"] = dataclasses.replace(self.refine, least=self.refine.least.__qualname__)
         plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in kept.items()}
         return plain | dataclasses.asdict(self.objective) | dict(stop=dataclasses.asdict(self.stop))
 
@@ -213,7 +214,8 @@ class _Moving:
 
     def steering(self, noise: Tensor | None = None) -> Steering: # differentiable
         vector = self.tensors["vector"] if noise is None else self.tensors["vector"] + noise
-        return Steering(vector, self.layers, self.job.mode, self.job.positions, left=self.tensors.get("left"), right=self.tensors.get("right"))
+        factors = {side: self.tensors.get(side) for side in ("left", "right")}
+        return Steering(vector, self.layers, self.job.mode, self.job.positions, **factors)
 
     def frozen(self) -> Steering: # a copy of its own, on the CPU
         s = self.steering()

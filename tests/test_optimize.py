@@ -177,7 +177,8 @@ def test_terms_whose_prompts_end_elsewhere_do_not_share_a_row_of_prompt_steering
     lm, steering = tiny_lm(), Steering(torch.randn(32, generator=torch.Generator().manual_seed(0)), 1, positions="prompt")
     longer = record(lm, "the other dogs", " are")
     both = Terms(lm, Example("the other", promote=" dogs are", match=longer))(steering)
-    apart = torch.cat([Terms(lm, Example("the other", promote=" dogs are"))(steering), Terms(lm, Example("the other", match=longer))(steering)])
+    alone = Example("the other", promote=" dogs are"), Example("the other", match=longer)
+    apart = torch.cat([Terms(lm, example)(steering) for example in alone])
     assert torch.allclose(both, apart, rtol=1e-4)
 
 
@@ -301,7 +302,10 @@ def test_lbfgs_needs_fewer_steps_and_never_takes_a_worse_point():
     assert max(reached[1].norms) <= 15 + 1e-4
 
 
-@pytest.mark.parametrize("noise", [Noise(0.2), Noise(0.2, draws=3), Noise(0.2, tangent=True), Noise(0.2, anti=True, tangent=True)], ids=repr)
+NOISES = [Noise(0.2), Noise(0.2, draws=3), Noise(0.2, tangent=True), Noise(0.2, anti=True, tangent=True)]
+
+
+@pytest.mark.parametrize("noise", NOISES, ids=repr)
 def test_noise_is_drawn_as_asked(noise):
     lm = tiny_lm()
     descent = _Descent(_Workshop(lm), Job(EXAMPLE, 1, noise=noise, lr=0.1, steps=3))
