@@ -187,6 +187,7 @@ def _terms_of(lm: LM, index: int, example: Example) -> list[Term]:
     if example.shift:
         lm.check_layer(example.shift.layer)
         ids = tuple(lm.encode(example.prompt))
+        # a pass is fed all but the last token of a pair, and here the whole prompt is wanted
         made.append(("shift", f"layer {example.shift.layer}", Pair((*ids, ids[-1]), len(ids)), example.shift))
     targets = [*(example.targets or [None] * (len(made) - bool(example.shift))), *[None] * bool(example.shift)]
     for _, _, pair, _ in made:
