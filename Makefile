@@ -31,7 +31,7 @@ help: ## Show this list
 
 .venv/installed-dev: .venv/installed
 	@echo "Installing what tests and notebooks need into .venv ..."
-	$(INSTALL) --editable '.[dev,widgets]'
+	$(INSTALL) --editable '.[dev,widgets,eval]'
 	@touch $@
 
 .venv/installed-bench: .venv/installed-dev
@@ -71,5 +71,5 @@ wheel: .venv/installed-dev ## Build wheel and sdist into dist/
 
 constraints: .venv/installed ## Resolve constraints.txt anew for Python 3.10 and later (UPGRADE="-P torch" moves a pin)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile setup.py --extra dev --extra widgets --universal --python-version 3.10 --no-annotate \
-		--custom-compile-command "make constraints" --quiet --output-file constraints.txt $(UPGRADE)
+	$(BIN)/uv pip compile setup.py --extra dev --extra widgets --extra eval --universal --python-version 3.10 --no-annotate \
+		--refresh-package oneshot-steering --custom-compile-command "make constraints" --quiet --output-file constraints.txt $(UPGRADE)

@@ -55,6 +55,7 @@ setup(
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+        "inspect_ai": shlex.split(cfg["inspect_ai"]),
     },
     zip_safe=False,
 )

@@ -1,6 +1,9 @@
 "Everything a notebook needs, in one import: `from oneshot_steering.all import *`."
 
+from oneshot_steering.baselines import *
+from oneshot_steering.datasets import *
 from oneshot_steering.evaluate import *
+from oneshot_steering.export import *
 from oneshot_steering.lm import *
 from oneshot_steering.objective import *
 from oneshot_steering.optimize import *

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import platformdirs
@@ -29,8 +30,10 @@ from filelock import FileLock
 from jinja2.exceptions import TemplateError
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # %% auto #0
 __all__ = ['TINY_ARCHITECTURES', 'Messages', 'EMBEDDED', 'DEFAULT_MODEL', 'Progress', 'tiny_tokenizer', 'tiny_model',
@@ -155,6 +158,9 @@ class LM:
         self.where: Where | None = None
         self._can_resume: bool | None = None # found out on first use
         self._can_pack: bool | None = None # likewise
+        self._can_share_prompts: bool | None = None # likewise
+        self.steered = 0 # how many steering contexts are open
+        self.rows_differ_from: int | None = None # the lowest layer where the rows of a batch may be steered differently; None: nowhere
         self._block_output_size = 0 # entries of the tuple a block returns, 0 if it returns a tensor
         inner = getattr(model, "get_base_model", lambda: model)()
         self._accepts = set(inspect.signature(inner.forward).parameters)
@@ -265,6 +271,47 @@ def _plain_chat(messages: list[dict]) -> str:
     says = {"system": "{}\n\n", "user": "User: {}\n\n", "assistant": "Assistant: {}\n\n"}
     return "".join(says[m["role"]].format(m["content"]) for m in messages) + "Assistant:"
 
+# %% ../nbs/00_lm.ipynb #9108f351
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+@cache
+def _onednn_works() -> bool:
+    x, weight, bias = (torch.linspace(-1, 1, n).sin() for n in (60, 84, 7))
+    x, weight = x.view(5, 12), weight.view(7, 12)
+    try: there, back = _onednn(x, weight, bias), _onednn(x @ weight.T, weight.T)
+    except (AttributeError, RuntimeError): return False # NotImplementedError is a RuntimeError
+    return torch.allclose(there, x @ weight.T + bias, atol=1e-5) and torch.allclose(back, x @ weight.T @ weight, atol=1e-4)
+
+class _Product(torch.autograd.Function):
+    "x W^T + b with its gradient with respect to x; the weights are frozen."
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple:
+        return _onednn(gradient.contiguous(), ctx.saved_tensors[0].T), None, None
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    weight, bias = layer.weight, layer.bias
+    suits = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu" and x.numel() > 0
+    if not suits or weight.requires_grad or torch.is_autocast_enabled("cpu"): return nn.functional.linear(x, weight, bias)
+    return _Product.apply(x, weight, bias)
+
+@contextmanager
+def _fast_products(model: nn.Module) -> Iterator[None]:
+    "Within this context the linear layers of `model` multiply with oneDNN where that can be done."
+    usable = torch.backends.mkldnn.enabled and _onednn_works()
+    layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)] if usable else []
+    try:
+        for layer in layers: vars(layer)["forward"] = partial(_linear, layer)
+        yield
+    finally:
+        for layer in layers: vars(layer).pop("forward", None)
+
 # %% ../nbs/00_lm.ipynb #5260d0d0
 @patch
 @contextmanager
@@ -308,7 +355,8 @@ def run(self: LM,
     if isinstance(keep, int) and "logits_to_keep" in self._accepts: kwargs["logits_to_keep"] = keep
     attention = mask.long() if sees is None else self._additive(sees)
     places = keep if isinstance(keep, tuple) else None
-    with self.at(Where(positions, mask[:, -ids.shape[1]:], prompt_lengths, rows)), self._head_at(places) as gathered:
+    where = Where(positions, mask[:, -ids.shape[1]:], prompt_lengths, rows)
+    with self.at(where), self._head_at(places) as gathered, _fast_products(self.model):
         out = self.model(input_ids=ids, attention_mask=attention, **{"use_cache": False, **kwargs})
     if places is not None: out.logits = out.logits[0] if gathered else out.logits[places]
     elif isinstance(keep, int): out.logits = out.logits[:, -keep:]
@@ -415,9 +463,9 @@ def resume(self: LM,
 
 @patch(as_prop=True)
 def can_resume(self: LM) -> bool:
-    "Whether `resume` gives this model's own logits; found out on first use."
-    if self._can_resume is None: self._can_resume = self._try_resume()
-    return self._can_resume
+    "Whether `resume` gives this model's own logits; found out on first use outside `steer`."
+    if self._can_resume is None and not self.steered: self._can_resume = self._try_resume()
+    return bool(self._can_resume)
 
 @patch
 @torch.no_grad()
@@ -536,6 +584,10 @@ class _Sampler:
         self.temperature, self.top_p = temperature, top_p
         self.streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows] if temperature else []
 
+    def keep(self, rows: Sequence[int]) -> None:
+        "Go on with these rows of the batch only."
+        self.streams = [self.streams[row] for row in rows] if self.streams else []
+
     def __call__(self, logits: Tensor) -> Tensor:
         if not self.temperature: return logits.argmax(-1)
         scaled = self._nucleus(logits / self.temperature)
@@ -550,6 +602,71 @@ class _Sampler:
         share = (likeliest - total).exp()
         kept = likeliest.masked_fill(share.cumsum(-1) - share >= self.top_p, -torch.inf)
         return torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
+
+# %% ../nbs/00_lm.ipynb #39ac98ca
+@patch
+def _prefill(self: LM, ids: Tensor, mask: Tensor, lengths: Tensor, rows: Tensor):
+    "The first pass of a generation, with a KV cache: what rows with equal prompts have in common runs once."
+    own = lambda: self.run(ids, mask, lengths, rows, keep=1, use_cache=True)
+    prompts, each = torch.cat([ids, lengths[:, None]], 1).unique(dim=0, return_inverse=True)
+    if len(prompts) == len(ids) or self.rows_differ_from == 0 or not self.can_share_prompts: return own()
+    first = torch.stack([(each == i).nonzero()[0, 0] for i in range(len(prompts))]) # a row of each prompt
+    shared = ids[first], mask[first], lengths[first], rows[first]
+    if self.rows_differ_from is None:
+        out = self.run(*shared, keep=1, use_cache=True)
+        out.past_key_values.batch_select_indices(each)
+        out.logits = out.logits[each]
+        return out
+    states, below = self._run_below(self.rows_differ_from, *shared)
+    below.batch_select_indices(each)
+    with self.resume(self.rows_differ_from, states[each]): out = own()
+    out.past_key_values.layers[:self.rows_differ_from] = below.layers[:self.rows_differ_from]
+    return out
+
+@patch
+def _run_below(self: LM, layer: int, *batch: Tensor): # the stream entering a block, and the cache of the blocks below it
+    seen = []
+    def look(module, args, kwargs):
+        seen.append((block_input(args, kwargs), next(v for v in (*args, *kwargs.values()) if isinstance(v, DynamicCache))))
+        raise _Reached
+    handle = self.layers[layer].register_forward_pre_hook(look, with_kwargs=True, prepend=True)
+    try: self.run(*batch, keep=1, use_cache=True)
+    except _Reached: pass
+    finally: handle.remove()
+    return seen[0]
+
+@patch(as_prop=True)
+def can_share_prompts(self: LM) -> bool:
+    "Whether rows with equal prompts can share the first pass of a generation; found out on first use outside `steer`."
+    if self._can_share_prompts is None and not self.steered:
+        self._can_share_prompts = getattr(self.model, "hf_device_map", None) is None and self.can_resume and self._try_share()
+    return bool(self._can_share_prompts)
+
+@patch
+@torch.no_grad()
+def _try_share(self: LM) -> bool:
+    start, layer, before = _prefix_ids(self.tok), self.n_layers // 2, self.rows_differ_from
+    ids, mask = self.pad([[*start, 5, 6, 7], [*start, 8, 9]] * 2, side="left")
+    def push(module, args, kwargs): # each row in its own direction
+        h = block_input(args, kwargs)
+        h = h + h.std() * (self.where.rows[:, None, None] + 1) * torch.linspace(-1, 1, h.shape[-1], device=h.device).to(h.dtype)
+        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+    def two_steps(): # logits of the first pass and of a second one
+        out = self._prefill(ids, mask, mask.sum(-1), torch.arange(4, device=ids.device))
+        if not _can_select(out.past_key_values): raise TypeError("This cache cannot be copied to other rows.")
+        longer = torch.cat([mask, mask[:, -1:]], 1)
+        after = self.run(ids[:, -1:], longer, mask.sum(-1), keep=1, past_key_values=out.past_key_values, use_cache=True)
+        return torch.cat([out.logits, after.logits], 1).float()
+    handle = self.layers[layer].register_forward_pre_hook(push, with_kwargs=True)
+    try:
+        self._can_share_prompts, self.rows_differ_from = False, layer
+        plain = two_steps()
+        self._can_share_prompts = True
+        return bool((two_steps() - plain).abs().max() <= 1e-3 * plain.abs().max())
+    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError): return False
+    finally:
+        handle.remove()
+        self._can_share_prompts, self.rows_differ_from = None, before
 
 # %% ../nbs/00_lm.ipynb #23437030
 @patch
@@ -573,16 +690,30 @@ def decode_steps(self: LM,
     lengths, row_ids = mask.sum(-1), torch.tensor(rows, device=ids.device)
     stop, past, new = torch.tensor(sorted(self.stop_ids()), device=ids.device), None, ids
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    alive = list(range(len(ids)))
     for _ in range(most):
         with torch.no_grad():
-            out = self.run(new if past is not None else ids, mask, lengths, row_ids, keep=1, past_key_values=past, use_cache=use_cache)
+            if past is None and use_cache: out = self._prefill(ids, mask, lengths, row_ids)
+            else: out = self.run(ids if past is None else new, mask, lengths, row_ids, keep=1, past_key_values=past, use_cache=use_cache)
         past = getattr(out, "past_key_values", None) if use_cache else None
         token = sampler(out.logits[:, -1].float())
         ended = ended | torch.isin(token, stop)
-        yield [None if over else t for t, over in zip(token.tolist(), ended.tolist(), strict=True)]
+        said: list[int | None] = [None] * len(prompts)
+        for i, t, over in zip(alive, token.tolist(), ended.tolist(), strict=True): said[i] = None if over else t
+        yield said
         if ended.all(): return
         new = token[:, None]
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1)
+        if ended.float().mean() >= 0.25 and isinstance(sampler, _Sampler) and _can_select(past): # do not compute what has ended
+            left = (~ended).nonzero()[:, 0]
+            if past is not None: past.batch_select_indices(left)
+            ids, mask, new, lengths, row_ids, ended = (t[left] for t in (ids, mask, new, lengths, row_ids, ended))
+            alive = [alive[i] for i in left.tolist()]
+            sampler.keep(left.tolist())
+
+def _can_select(past) -> bool: # whether rows can be taken out of a KV cache
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return past is None or (isinstance(past, DynamicCache) and all(type(layer) in kinds for layer in past.layers))
 
 # %% ../nbs/00_lm.ipynb #e9760a2b
 @patch
@@ -591,19 +722,22 @@ def generate(self: LM,
     max_new_tokens: int = 64, # at most so many new tokens each
     temperature: float = 0.0, # 0 is greedy
     top_p: float = 1.0, # nucleus sampling: the smallest set of tokens with this much probability
-    seed: int = 0, # samples depend on the seed and the prompt's place in the list alone
+    seed: int = 0, # samples depend on the seed and the prompt's random stream alone
     batch_size: int = 16, # rows a pass
     stream: bool = False, # give an iterator over pieces of text instead
     use_cache: bool = True, # False recomputes the whole sequence at each step
+    streams: Sequence[int] | None = None, # which random stream each prompt's samples are drawn from; 0, 1, ... if None
 ) -> str | list[str] | Iterator: # the new text only; streaming yields pieces for one prompt, (row, piece) for several
     "Continue each prompt, under whatever steering is active. Ends at an end-of-sequence token, which is not shown."
     texts = _as_list(prompts)
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
     if temperature < 0 or not 0 < top_p <= 1: raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
+    if streams is not None and len(streams) != len(texts):
+        raise ValueError(f"{len(streams)} streams for {len(texts)} prompts: give one each.")
     encoded = [self._fitting(t) for t in texts]
     order = sorted(range(len(texts)), key=lambda row: len(encoded[row]))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    pieces = self._pieces(encoded, batches, max_new_tokens, (temperature, top_p, seed), use_cache, quiet=stream)
+    pieces = self._pieces(encoded, batches, max_new_tokens, (temperature, top_p, seed, streams), use_cache, quiet=stream)
     if stream: return (piece for _, piece in pieces) if isinstance(prompts, str) else pieces
     new = [""] * len(texts)
     for row, piece in pieces: new[row] += piece
@@ -625,7 +759,9 @@ def _pieces(self: LM, encoded: list[list[int]], batches: list[list[int]], most: 
             prompts = [encoded[row] for row in rows]
             room = min(most, (self.context or sys.maxsize) - max(map(len, prompts)))
             said, shown = [[] for _ in rows], [""] * len(rows)
-            for tokens in self.decode_steps(prompts, room, rows, _Sampler(*sampling, rows), use_cache):
+            *drawing, streams = sampling
+            sampler = _Sampler(*drawing, rows if streams is None else [streams[row] for row in rows])
+            for tokens in self.decode_steps(prompts, room, rows, sampler, use_cache):
                 bar.update(len(rows))
                 for i, token in enumerate(tokens):
                     if token is None: continue

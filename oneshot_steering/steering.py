@@ -254,7 +254,9 @@ def steer(self: LM,
     per_row = [together] if rows is None else [_as_steerings(r) for r in rows]
     for one in dict.fromkeys(s for row in per_row for s in row): self.check_fits(one, force)
     used = sorted({i % self.n_layers for row in per_row for s in row for i in s.layers})
-    locator, handles = _Locator(self), []
+    locator, handles, before = _Locator(self), [], self.rows_differ_from
+    self.steered += 1
+    if rows is not None and used: self.rows_differ_from = min(used[0], self.n_layers if before is None else before)
     try:
         handles.append(self.model.register_forward_pre_hook(locator.enter, with_kwargs=True))
         handles.append(self.model.register_forward_hook(locator.leave, always_call=True))
@@ -263,6 +265,7 @@ def steer(self: LM,
             handles.append(self.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
         yield self
     finally:
+        self.steered, self.rows_differ_from = self.steered - 1, before
         for handle in handles: handle.remove()
 
 def _layer_hook(steps: list[_Step], locator: _Locator, n_rows: int | None):

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from oneshot_steering import lm as lm_module
 from oneshot_steering.lm import LM, TINY_ARCHITECTURES, embedded_path, find_blocks, load_lm, tiny_lm, tiny_model, tiny_tokenizer
+from oneshot_steering.steering import Steering
 
 TEXTS = ["the other dogs are sleeping", "a", "There is no reason to think"]
 
@@ -149,6 +150,68 @@ def test_samples_depend_on_seed_and_row_alone():
     sampled = lm.generate(texts, 8, temperature=1.0, seed=5)
     assert sampled == lm.generate(texts, 8, temperature=1.0, seed=5, batch_size=2)
     assert len(set(sampled[:3])) == 3 and sampled != lm.generate(texts, 8, temperature=1.0, seed=6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_rows_that_have_ended_are_not_computed(architecture, temperature):
+    lm, texts, batches = tiny_lm(architecture), [*TEXTS, "a fox"], []
+    lm.model.generation_config.eos_token_id = None
+    settings = dict(temperature=temperature, seed=2)
+    free = [lm.decode_steps([lm.encode(t)], 10, [i], lm_module._Sampler(temperature, 1.0, 2, [i])) for i, t in enumerate(texts)]
+    said = [[step[0] for step in steps] for steps in free]
+    lm.model.generation_config.eos_token_id = [said[0][2], said[1][4]]
+    alone = lm.generate(texts, max_new_tokens=10, batch_size=1, **settings)
+    handle = lm.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: batches.append(len(lm_module.block_input(args, kwargs))), with_kwargs=True)
+    steering = dict(rows=[None] * 3 + [Steering(torch.ones(32), 1)])
+    with lm.steer(**steering):
+        together = lm.generate(texts, max_new_tokens=10, **settings)
+    handle.remove()
+    assert together[:3] == alone[:3] and batches[0] == 4 > min(batches)
+    with lm.steer(steering["rows"][3]):
+        assert together[3] == lm.generate(["a"] * 3 + [texts[3]], max_new_tokens=10, use_cache=False, **settings)[3]
+
+
+def test_samples_come_from_the_stream_they_are_told():
+    lm, settings = tiny_lm(), dict(max_new_tokens=6, temperature=1.0, seed=4)
+    assert lm.generate(TEXTS[::-1], streams=[2, 1, 0], batch_size=2, **settings) == lm.generate(TEXTS, **settings)[::-1]
+    with pytest.raises(ValueError, match="1 streams for 3 prompts"):
+        lm.generate(TEXTS, streams=[0])
+
+
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_fast_products_are_pytorchs(architecture):
+    lm, ids = tiny_lm(architecture), torch.arange(5, 25)[None]
+    start = torch.randn(32, generator=torch.Generator().manual_seed(0))
+
+    def loss_and_gradient():
+        v = start.clone().requires_grad_()
+        with lm.steer(Steering(v, 1)):
+            loss = lm.run(ids, torch.ones_like(ids).bool(), torch.tensor([20])).logits.log_softmax(-1)[0, -1, 7]
+        return loss.item(), torch.autograd.grad(loss, v)[0]
+
+    if not lm_module._onednn_works():
+        pytest.skip("This PyTorch has no oneDNN.")
+    fast, gradient = loss_and_gradient()
+    assert not any("forward" in vars(m) for m in lm.model.modules())
+    before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        plain, wanted = loss_and_gradient()
+    finally:
+        torch.backends.mkldnn.enabled = before
+    assert fast == pytest.approx(plain, abs=1e-4) and torch.allclose(gradient, wanted, atol=1e-4 * wanted.abs().max())
+
+
+def test_fast_products_leave_trainable_and_other_layers_alone():
+    trained, half = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3).to(torch.bfloat16).requires_grad_(False)
+    both = torch.nn.ModuleList([trained, half])
+    with lm_module._fast_products(both):
+        assert trained(torch.ones(2, 4)).grad_fn.name() == "AddmmBackward0"
+        assert half(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        trained.forward = lambda x: x  # somebody else's, inside
+        with lm_module._fast_products(both):
+            assert trained(torch.ones(2, 4)).shape == (2, 4)
 
 
 def test_streaming_several_prompts():
