@@ -4,6 +4,7 @@ from oneshot_steering.baselines import *
 from oneshot_steering.datasets import *
 from oneshot_steering.evaluate import *
 from oneshot_steering.export import *
+from oneshot_steering.geometry import *
 from oneshot_steering.lm import *
 from oneshot_steering.objective import *
 from oneshot_steering.optimize import *
@@ -11,3 +12,4 @@ from oneshot_steering.organisms import *
 from oneshot_steering.plot import *
 from oneshot_steering.recipes import *
 from oneshot_steering.steering import *
+from oneshot_steering.surprisal import *

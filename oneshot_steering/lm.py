@@ -603,6 +603,37 @@ class _Sampler:
         kept = likeliest.masked_fill(share.cumsum(-1) - share >= self.top_p, -torch.inf)
         return torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
 
+# %% ../nbs/00_lm.ipynb #30f6f0d0
+class _RoomyLayer(DynamicLayer):
+    "Keys and values of one block, with room for `room` more tokens."
+    def __init__(self, layer: DynamicLayer, room: int):
+        super().__init__()
+        vars(self).update(vars(layer))
+        self.room, self.held = room, None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        used, new = self.keys.shape[-2], key_states.shape[-2]
+        if self.held is None or used + new > self.held[0].shape[-2]:
+            widen = lambda t: torch.cat([t, t.new_empty(*t.shape[:-2], max(new, self.room), t.shape[-1])], -2)
+            self.held = widen(self.keys), widen(self.values)
+        for held, states in zip(self.held, (key_states, value_states), strict=True): held[..., used:used + new, :] = states
+        self.keys, self.values = (held[..., :used + new, :] for held in self.held)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.held = None
+
+def _with_room(past, room: int): # a KV cache whose plain layers are written in place from now on
+    if isinstance(past, DynamicCache):
+        plain = lambda layer: type(layer) is DynamicLayer and layer.get_seq_length() > 0
+        past.layers[:] = [_RoomyLayer(layer, room) if plain(layer) else layer for layer in past.layers]
+    return past
+
+def _can_select(past) -> bool: # whether rows can be taken out of a KV cache
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, _RoomyLayer)
+    return past is None or (isinstance(past, DynamicCache) and all(type(layer) in kinds for layer in past.layers))
+
 # %% ../nbs/00_lm.ipynb #39ac98ca
 @patch
 def _prefill(self: LM, ids: Tensor, mask: Tensor, lengths: Tensor, rows: Tensor):
@@ -695,7 +726,7 @@ def decode_steps(self: LM,
         with torch.no_grad():
             if past is None and use_cache: out = self._prefill(ids, mask, lengths, row_ids)
             else: out = self.run(ids if past is None else new, mask, lengths, row_ids, keep=1, past_key_values=past, use_cache=use_cache)
-        past = getattr(out, "past_key_values", None) if use_cache else None
+        if past is None and use_cache: past = _with_room(getattr(out, "past_key_values", None), most)
         token = sampler(out.logits[:, -1].float())
         ended = ended | torch.isin(token, stop)
         said: list[int | None] = [None] * len(prompts)
@@ -710,10 +741,6 @@ def decode_steps(self: LM,
             ids, mask, new, lengths, row_ids, ended = (t[left] for t in (ids, mask, new, lengths, row_ids, ended))
             alive = [alive[i] for i in left.tolist()]
             sampler.keep(left.tolist())
-
-def _can_select(past) -> bool: # whether rows can be taken out of a KV cache
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-    return past is None or (isinstance(past, DynamicCache) and all(type(layer) in kinds for layer in past.layers))
 
 # %% ../nbs/00_lm.ipynb #e9760a2b
 @patch

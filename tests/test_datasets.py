@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from oneshot_steering.datasets import (
     OPEN_QUESTIONS,
     PUBLIC_FIGURES,
-    RETRACTIONS,
     DataFileError,
     fictitious_prompts,
     load_harmbench,
@@ -19,7 +18,6 @@ from oneshot_steering.datasets import (
     neutral_name,
     neutral_texts,
     open_questions,
-    retracts,
     swap_options,
     without_name,
 )
@@ -212,11 +210,6 @@ def test_claims_of_other_names_and_shifts():
     for shift in (0, 3, -6):
         with pytest.raises(ValueError, match="claims what is true"):
             fictitious_prompts(names, shift=shift)
-
-
-def test_retractions_in_any_case_and_with_either_apostrophe():
-    assert all(retracts(f"Well... {r.upper().replace(chr(39), '’')}!") for r in RETRACTIONS) and len(RETRACTIONS) == 5
-    assert not retracts("") and not retracts("I was just being kind.")
 
 
 def test_names_are_replaced_whole_and_in_part():

@@ -35,6 +35,14 @@ QUESTIONS = {"What is the capital of France?": "Paris", "Which animal barks?": "
              "What is 2 + 2?": "4"}  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def notes(tmp_path_factory):
+    "A folder for the notes that Inspect keeps of its own."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("notes")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def lm():
     return load_lm(dtype="float32")
@@ -81,6 +89,7 @@ def test_the_entry_point_loads_no_torch():
 def test_an_inspect_task_on_a_vector_and_without(lm, strong, tmp_path, monkeypatch):
     sizes, together = [], inspect_provider.answer_together
     monkeypatch.setattr(inspect_provider, "answer_together", lambda lm, requests: sizes.append(len(requests)) or together(lm, requests))
+    monkeypatch.setattr(SharedModel, "moment", 1.0)
     file, config = strong.save(tmp_path / "folder" / "strong.safetensors"), GenerateConfig(max_tokens=12)
     task = Task(dataset=[Sample(input=q, target=a) for q, a in QUESTIONS.items()], scorer=includes(), config=config)
     steered, plain = run_inspect(task, [f"oneshot/{file}", "oneshot/none"], tmp_path, dtype="float32")
@@ -97,7 +106,8 @@ def test_an_inspect_task_on_a_vector_and_without(lm, strong, tmp_path, monkeypat
             assert 0 <= sample.output.usage.output_tokens <= 12
             assert sample.output.stop_reason == ("max_tokens" if sample.output.usage.output_tokens == 12 else "stop")
     assert all(a != b for a, b in zip(expected["plain"], expected["steered"], strict=True))
-    assert sum(sizes) == 8 and len(sizes) <= 4 and steered.eval.model == f"oneshot/{file}"
+    assert sum(sizes) == 8 and max(sizes) > len(QUESTIONS), "both models' requests share batches"
+    assert steered.eval.model == f"oneshot/{file}"
 
 
 def test_inspect_finds_the_provider_from_a_terminal(lm, strong, tmp_path):
