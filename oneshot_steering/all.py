@@ -1,6 +1,7 @@
 "Everything a notebook needs, in one import: `from oneshot_steering.all import *`."
 
 from oneshot_steering.baselines import *
+from oneshot_steering.calibrate import *
 from oneshot_steering.datasets import *
 from oneshot_steering.evaluate import *
 from oneshot_steering.export import *

@@ -137,3 +137,11 @@ def test_no_file_names_a_package_registry():
             text = path.read_text(encoding="utf-8", errors="ignore")
             named += [(name, host) for host in hosts if host in text]
     assert named == []
+
+
+def test_one_import_gives_everything():
+    "`from oneshot_steering.all import *` has every module but the command and what other programs load."
+    text = (ROOT / "oneshot_steering" / "all.py").read_text()
+    apart = {"__init__", "_modidx", "all", "cli", "inspect_provider"}
+    here = {p.stem for p in (ROOT / "oneshot_steering").glob("*.py")} - apart
+    assert here == {line.split()[1].rpartition(".")[2] for line in text.splitlines() if line.startswith("from ")}
