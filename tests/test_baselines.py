@@ -63,7 +63,7 @@ def test_equals_the_vectors_of_steering_vectors(architecture):
 
 @pytest.mark.parametrize("architecture", MADE["fingerprints"])
 def test_equals_the_installed_package(architecture):
-    pytest.importorskip("steering_vectors", reason="pip install scikit-learn; pip install --no-deps steering-vectors==0.12.2")
+    pytest.importorskip("steering_vectors", reason="pip install --no-deps steering-vectors==0.12.2")
     made = maker()
     lm = tiny_lm(architecture)
     for recipe, ours in RECIPES.items():

@@ -214,6 +214,53 @@ def test_fast_products_leave_trainable_and_other_layers_alone():
             assert trained(torch.ones(2, 4)).shape == (2, 4)
 
 
+@pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
+def test_equal_prompts_share_their_first_pass(architecture):
+    lm, texts = tiny_lm(architecture), ["the other dogs"] * 3 + ["a fox"] * 3
+    assert lm.can_share_prompts
+    random = lambda i: Steering(8 * torch.randn(32, generator=torch.Generator().manual_seed(i)), 2)
+    rows, sizes = [None, *(random(i) for i in range(4)), random(9) + random(8).replace(layers=3, positions="completion")], {}
+    count = lambda layer: lambda module, args, kwargs: sizes.setdefault(layer, []).append(len(lm_module.block_input(args, kwargs)))
+    handles = [lm.layers[i].register_forward_pre_hook(count(i), with_kwargs=True) for i in range(4)]
+    with lm.steer(rows=rows):
+        together = lm.generate(texts, max_new_tokens=8)
+    assert (sizes[0][0], sizes[1][0]) == (2, 2) and max(sizes[2]) == max(sizes[3]) == 6
+    with lm.steer(random(3)):  # the same for all rows: everything is shared
+        sizes.clear()
+        same = lm.generate(texts, max_new_tokens=8)
+        assert {layer: size[0] for layer, size in sizes.items()} == dict.fromkeys(range(4), 2)
+        assert same == [lm.generate(t, max_new_tokens=8) for t in texts]
+    for handle in handles:
+        handle.remove()
+    for text, row, found in zip(texts, rows, together, strict=True):
+        with lm.steer(*([] if row is None else [row])):
+            assert found == lm.generate(text, max_new_tokens=8) == lm.generate(text, max_new_tokens=8, use_cache=False)
+
+
+def test_a_model_whose_cache_cannot_be_shared_says_so():
+    lm = tiny_lm()
+    forward = lm.layers[0].forward
+
+    def forgetful(hidden_states, *args, **kwargs):  # keeps something of its own between the passes of a generation
+        past = kwargs.get("past_key_values")
+        if past is not None:
+            past.seen = getattr(past, "seen", 0) + len(hidden_states)
+            hidden_states = hidden_states * (1 + past.seen)
+        return forward(hidden_states, *args, **kwargs)
+
+    lm.layers[0].forward = forgetful
+    assert not lm.can_share_prompts
+    texts = ["a fox"] * 2
+    assert lm._prefill(*(t for t in lm.pad([lm.encode(t) for t in texts])), torch.tensor([2, 2]), torch.arange(2)).logits.shape[0] == 2
+
+
+def test_what_is_found_out_inside_steering_is_not_remembered():
+    lm = tiny_lm()
+    with lm.steer(rows=[Steering(torch.ones(32), 1)]):
+        assert not lm.can_share_prompts and not lm.can_resume
+    assert lm.can_share_prompts and lm.can_resume and lm.steered == 0 and lm.rows_differ_from is None
+
+
 def test_streaming_several_prompts():
     lm = tiny_lm()
     new = [""] * len(TEXTS)
