@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from .lm import LM, Pair, Progress, Where, block_input
-from .steering import Positions, Steering, parse_positions, position_mask
+from .steering import Positions, Steering, Steerings, as_steerings, parse_positions, position_mask
 
 # %% auto #0
-__all__ = ['states_of', 'caa', 'pca_direction', 'random_like', 'refusal_scores', 'Selection', 'RefusalDirection',
-           'RefusalCandidates', 'NoDirection', 'refusal_direction', 'Prompted', 'prefill', 'few_shot']
+__all__ = ['states_of', 'chosen_tokens', 'caa', 'pca_direction', 'random_like', 'refusal_scores', 'next_token_logits',
+           'Selection', 'RefusalDirection', 'RefusalCandidates', 'NoDirection', 'refusal_direction', 'Prompted',
+           'prefill', 'few_shot']
 
 # %% ../nbs/05_baselines.ipynb #22532dad
 @torch.no_grad()
@@ -35,7 +36,7 @@ def states_of(
     pairs, found = [_tokens(lm, text) for text in texts], []
     if not pairs: raise ValueError("No texts were given.")
     for text, pair in zip(texts, pairs, strict=True):
-        if not _chosen(rule, torch.ones(1, len(pair.ids), dtype=torch.bool), torch.tensor([pair.boundary])).any():
+        if not chosen_tokens(rule, torch.ones(1, len(pair.ids), dtype=torch.bool), torch.tensor([pair.boundary])).any():
             raise ValueError(f"positions={positions!r} selects no token of {text!r}, which has {len(pair.ids)} tokens.")
     with Progress(len(pairs), "states", "text", shown=progress) as bar:
         for start in range(0, len(pairs), batch_size):
@@ -43,7 +44,7 @@ def states_of(
             ids, mask = lm.pad([p.ids for p in some])
             ends = torch.tensor([p.boundary for p in some], device=ids.device)
             states = lm.states_at(layer, ids, mask, ends, torch.arange(start, start + len(some), device=ids.device))
-            chosen = _chosen(rule, mask, ends).to(states.device)
+            chosen = chosen_tokens(rule, mask, ends).to(states.device)
             found.append(torch.where(chosen[..., None], states.float(), 0).sum(1) / chosen.sum(1, keepdim=True))
             bar.update(len(some))
     return torch.cat(found)
@@ -53,7 +54,12 @@ def _tokens(lm: LM, text: str | tuple[str, str]) -> Pair:
     ids = lm.encode(text)
     return Pair(tuple(ids), len(ids))
 
-def _chosen(rule: int | str, mask: Tensor, ends: Tensor) -> Tensor: # [B, T] bool
+def chosen_tokens(
+    rule: int | str, # one token, negative counting from the end; or a rule as `parse_positions` writes it
+    mask: Tensor, # [B, T] bool, False at padding on the right
+    ends: Tensor, # [B] tokens of each prompt
+) -> Tensor: # [B, T] bool
+    "Which tokens of a batch a rule selects."
     at = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if isinstance(rule, int): return mask & (at == rule + mask.sum(-1, keepdim=True) * (rule < 0))
     return position_mask(rule, Where(at, mask, ends, torch.arange(len(mask), device=mask.device)))
@@ -141,19 +147,16 @@ def _scorer(lm: LM, prompt: str, refusals: Sequence[str]) -> Callable[[Tensor, T
         return logits[:, refusing].logsumexp(-1) - logits[:, ~refusing].logsumexp(-1)
     return score
 
-# %% ../nbs/05_baselines.ipynb #c6b4aac7
-def _measured(lm: LM, prompts: Sequence[Sequence[int]], vectors: Sequence[Steering | None], measure: Callable[[Tensor, Tensor], Tensor],
-              batch_size: int, bar: Progress) -> Tensor: # [vectors, prompts] of measure(next-token logits [rows, vocabulary], prompts)
-    found = torch.zeros(len(vectors), len(prompts))
-    for which, prompt, logits in _passes(lm, prompts, vectors, batch_size):
-        found[which, prompt] = measure(logits, prompt).float().cpu()
-        bar.update(len(which))
-    return found
-
+# %% ../nbs/05_baselines.ipynb #297bfcda
 @torch.no_grad()
-def _passes(lm: LM, prompts: Sequence[Sequence[int]], vectors: Sequence[Steering | None], batch_size: int
-            ) -> Iterator[tuple[Tensor, Tensor, Tensor]]: # vector and prompt of each row, its next-token logits in fp32
-    first = 0 if None in vectors else min(lm.check_layer(i) for v in vectors for i in v.layers)
+def next_token_logits(
+    lm: LM, # the model; call this outside `lm.steer(rows=...)`
+    prompts: Sequence[Sequence[int]], # token ids
+    vectors: Sequence[Steering | Steerings | None], # None is unsteered
+    batch_size: int = 32, # rows a pass
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]: # vector and prompt of each row, [rows]; its next-token logits in fp32, [rows, vocabulary]
+    "What every prompt would go on with under every vector. The blocks below the lowest steered layer run once a prompt."
+    first = min((lm.check_layer(i) for v in vectors for s in as_steerings(v) for i in s.layers), default=0)
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
     rows = [(v, p) for p in order for v in range(len(vectors))]
     for start in range(0, len(rows), batch_size):
@@ -166,6 +169,15 @@ def _passes(lm: LM, prompts: Sequence[Sequence[int]], vectors: Sequence[Steering
         with lm.steer(rows=[vectors[v] for v in which]), lm.resume(first, states[row]) if states is not None else nullcontext():
             logits = lm.run(ids[row], mask[row], lengths[row], keep=places).logits.float()
         yield which, prompt, logits
+
+# %% ../nbs/05_baselines.ipynb #c6b4aac7
+def _measured(lm: LM, prompts: Sequence[Sequence[int]], vectors: Sequence[Steering | None], measure: Callable[[Tensor, Tensor], Tensor],
+              batch_size: int, bar: Progress) -> Tensor: # [vectors, prompts] of measure(next-token logits [rows, vocabulary], prompts)
+    found = torch.zeros(len(vectors), len(prompts))
+    for which, prompt, logits in next_token_logits(lm, prompts, vectors, batch_size):
+        found[which, prompt] = measure(logits, prompt).float().cpu()
+        bar.update(len(which))
+    return found
 
 # %% ../nbs/05_baselines.ipynb #050cab98
 _MARKER = "MARKER-FOR-THE-USER"
@@ -262,7 +274,7 @@ class NoDirection(ValueError):
 def _tried(lm: LM, table: pd.DataFrame, harmful: Sequence, harmless: Sequence, score: Callable, batch_size: int, progress: bool
            ) -> pd.DataFrame: # the candidates with their three numbers
     ablating = [Steering(d, range(lm.n_layers), mode="ablate") for d in table.direction]
-    plain = {p: z for _, prompt, logits in _passes(lm, harmless, [None], batch_size)
+    plain = {p: z for _, prompt, logits in next_token_logits(lm, harmless, [None], batch_size)
              for p, z in zip(prompt.tolist(), logits.log_softmax(-1), strict=True)}
     def divergence(logits: Tensor, prompt: Tensor) -> Tensor:
         before = torch.stack([plain[p] for p in prompt.tolist()])

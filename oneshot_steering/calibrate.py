@@ -93,24 +93,15 @@ class Calibration:
     evaluations: int # scores measured
 
 # %% ../nbs/07_calibrate.ipynb #cee5e7fd
-class _Search:
-    "Measures strengths of one sign and remembers them."
-    def __init__(self, lm: LM, steering: Steering | Steerings, score: Score, budget: Budget, sign: int, neutral: Sequence[str],
-                 bar: Progress):
-        self.lm, self.steering, self.score, self.budget, self.sign, self.neutral, self.bar = lm, steering, score, budget, sign, neutral, bar
-        self.damage: dict[float, pd.Series] = {}
-        self.scores: dict[float, float] = {}
+class _Damage:
+    "Measures the damage of strengths of one sign, and remembers it."
+    def __init__(self, lm: LM, steering: Steering | Steerings, budget: Budget, sign: int, neutral: Sequence[str]):
+        self.lm, self.steering, self.budget, self.sign, self.neutral = lm, steering, budget, sign, neutral
+        self.rows: dict[float, pd.Series] = {} # |strength| -> a row of a strength curve
 
     def used(self, size: float) -> float: # share of the budget at |strength|
-        if size not in self.damage: self.damage[size] = _damage(self.lm, self.steering, [self.sign * size], self.neutral).iloc[0]
-        return self.budget.used(self.damage[size])
-
-    def measure(self, size: float) -> float:
-        if size not in self.scores:
-            if size: self.used(size)
-            self.scores[size] = _scored(self.lm, self.steering, self.sign * size, self.score)
-            self.bar.update(strength=self.sign * size)
-        return self.scores[size]
+        if size not in self.rows: self.rows[size] = _damage(self.lm, self.steering, [self.sign * size], self.neutral).iloc[0]
+        return self.budget.used(self.rows[size])
 
     def edge(self, start: float, most: float, passes: int = 10, accuracy: float = 0.02) -> float:
         "The largest strength inside the budget, to 2%; at most `most`."
@@ -130,6 +121,20 @@ class _Search:
         below, above = (math.log(max(self.used(size), 1e-9)) for size in (low, high))
         share = min(max(-below / (above - below), 0.1), 0.9) if above > below else 0.5
         return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+
+# %% ../nbs/07_calibrate.ipynb #348ce98f
+class _Search:
+    "Measures scores inside the budget, and knows where to look next."
+    def __init__(self, damage: _Damage, score: Score, bar: Progress):
+        self.damage, self.score, self.bar = damage, score, bar
+        self.scores: dict[float, float] = {} # |strength| -> score
+
+    def measure(self, size: float) -> None:
+        if size in self.scores: return
+        if size: self.damage.used(size)
+        strength = self.damage.sign * size
+        self.scores[size] = _scored(self.damage.lm, self.damage.steering, strength, self.score)
+        self.bar.update(strength=strength)
 
     def best(self) -> float: # a score that is nan is worse than any
         return max(sorted(self.scores), key=lambda size: -math.inf if math.isnan(self.scores[size]) else self.scores[size])
@@ -158,9 +163,9 @@ class _Search:
         return back(top) if a < top < c else None
 
     def curve(self) -> pd.DataFrame:
-        sizes = sorted({*self.damage, *self.scores} - {0.0})
+        known, sign = self.damage.rows, self.damage.sign
         rows = [dict(strength=0.0, score=self.scores.get(0.0, math.nan), kl=0.0, ratio=1.0, dose=0.0)]
-        rows += [dict(strength=self.sign * s, score=self.scores.get(s, math.nan), **self.damage[s][["kl", "ratio", "dose"]]) for s in sizes]
+        rows += [dict(strength=sign * s, score=self.scores.get(s, math.nan), **known[s][["kl", "ratio", "dose"]]) for s in known]
         return pd.DataFrame(rows).sort_values("strength", ignore_index=True)
 
 # %% ../nbs/07_calibrate.ipynb #22575e8a
@@ -183,10 +188,10 @@ def calibrate(
     if evaluations < 3: raise ValueError(f"evaluations={evaluations}: at least 3 (none, the edge, and one between).")
     if not 0 < start <= most: raise ValueError(f"start={start} must be positive and at most most={most}.")
     with Progress(evaluations, "calibrate", "score", shown=progress) as bar:
-        search = _Search(lm, steering, score, budget, sign, neutral, bar)
-        edge = search.edge(start, most)
+        search = _Search(damage := _Damage(lm, steering, budget, sign, neutral), score, bar)
+        edge = damage.edge(start, most)
         if not edge:
-            raise ValueError(f"Every strength looked at, down to {min(search.damage):.2g}, is beyond the budget; give a smaller start.")
+            raise ValueError(f"Every strength looked at, down to {min(damage.rows):.2g}, is beyond the budget; give a smaller start.")
         for size in (0.0, edge, edge / 2): search.measure(size)
         while len(search.scores) < evaluations and (size := search.next(edge, tolerance)) is not None: search.measure(size)
     best, scores = search.best(), search.scores

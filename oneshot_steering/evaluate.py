@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -24,10 +23,10 @@ import pandas as pd
 import py3langid
 import torch
 
-from .baselines import Prompted, refusal_scores
+from .baselines import Prompted, next_token_logits, refusal_scores
 from .lm import LM, Progress
 from .objective import Objective, record_text, token_divergences
-from .steering import NEUTRAL_PROMPTS, Steering, Steerings
+from .steering import NEUTRAL_PROMPTS, Steering, Steerings, as_steerings
 
 # %% auto #0
 __all__ = ['Intervention', 'LANGUAGES', 'REFUSALS', 'RETRACTIONS', 'Values', 'REFUSES', 'ALIGNED', 'COHERENT', 'HARMFUL',
@@ -69,7 +68,6 @@ def bootstrap(
 # %% ../nbs/06_evaluate.ipynb #e68a842f
 Intervention = Steering | Steerings | None
 
-@torch.no_grad()
 def choose(
     lm: LM, # the model
     prompts: Sequence[str], # questions that end where the answer begins
@@ -82,31 +80,18 @@ def choose(
     several = [None] if steerings is None else list(steerings)
     if not prompts or not several: raise ValueError("Give at least one prompt and at least one vector (None is the unsteered model).")
     tokens = [_option_tokens(lm, p, options) for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(lm.encode(prompts[i])))
     answers = np.full((len(several), len(prompts)), "", dtype=object)
-    with Progress(len(several) * len(prompts), "choose", "answer", shown=progress) as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start:start + batch_size]
-            for i, best in enumerate(_next_tokens(lm, [prompts[r] for r in rows], several)):
-                for row, token in zip(rows, best.tolist(), strict=True): answers[i, row] = tokens[row].get(token, "")
-                bar.update(len(rows))
+    with Progress(answers.size, "choose", "answer", shown=progress) as bar:
+        for which, prompt, logits in next_token_logits(lm, [lm.encode(p) for p in prompts], several, batch_size):
+            for i, row, token in zip(which.tolist(), prompt.tolist(), logits.argmax(-1).tolist(), strict=True):
+                answers[i, row] = tokens[row].get(token, "")
+            bar.update(len(which))
     return answers if steerings is not None else answers[0]
 
 def _option_tokens(lm: LM, prompt: str, options: Sequence[str]) -> dict[int, str]:
     first = {lm.encode_pair(prompt, option).completion[0]: option for option in options}
     if len(first) < len(options): raise ValueError(f"The options {list(options)} begin with the same token after {prompt[-30:]!r}.")
     return first
-
-def _next_tokens(lm: LM, prompts: list[str], several: Sequence[Intervention]):
-    ids, mask = lm.pad([lm.encode(p) for p in prompts], side="left")
-    lowest = min((i % lm.n_layers for s in several if s is not None for one in _each(s) for i in one.layers), default=0)
-    start = lm.states_at(lowest, ids, mask, mask.sum(-1)) if lowest and lm.can_resume else None
-    for s in several:
-        with lm.steer(*([] if s is None else [s])), nullcontext() if start is None else lm.resume(lowest, start):
-            yield lm.run(ids, mask, mask.sum(-1), keep=1).logits[:, -1].argmax(-1)
-
-def _each(steering: Steering | Steerings) -> Sequence[Steering]:
-    return (steering,) if isinstance(steering, Steering) else steering
 
 # %% ../nbs/06_evaluate.ipynb #c773bff9
 def flip_counts(
@@ -213,6 +198,10 @@ def read_texts(
     return table.assign(switched=switched, readable=switched & sound)
 
 # %% ../nbs/06_evaluate.ipynb #64f99c82
+def _answers(lm: LM, prompts: Sequence[str], steerings: Sequence[Intervention], **generation) -> list[str]:
+    lm.can_share_prompts # noqa: B018 found out before anything is steered
+    with lm.steer(rows=steerings): return lm.generate(prompts, **generation)
+
 def read_under(
     lm: LM, # the model
     steerings: Mapping[object, Intervention], # what a vector is called, e.g. its strength -> the vector; None is unsteered
@@ -224,7 +213,7 @@ def read_under(
     "Continue every prompt under every vector, and judge the texts."
     names = [name for name in steerings for _ in prompts]
     everything = list(prompts) * len(steerings)
-    with lm.steer(rows=[steerings[name] for name in names]): texts = lm.generate(everything, batch_size=batch_size, **generation)
+    texts = _answers(lm, everything, [steerings[name] for name in names], batch_size=batch_size, **generation)
     table = read_texts(lm, everything, texts, rule)
     table.insert(0, "vector", names)
     return table
@@ -474,7 +463,7 @@ def side_effects(
     progress: bool = True, # show a bar when it takes long
 ) -> pd.DataFrame: # one row a vector: kl (nats a token), perplexity (of the texts), dose
     "What each vector does to neutral text."
-    everywhere = [[one.replace(positions="all") for one in _each(s)] if s is not None else [] for s in steerings]
+    everywhere = [[one.replace(positions="all") for one in as_steerings(s)] for s in steerings]
     kl, surprise, count = torch.zeros(len(steerings)), torch.zeros(len(steerings)), 0
     with Progress(len(texts) * len(steerings), "side effects", "text", shown=progress) as bar:
         for text in texts:
@@ -574,7 +563,7 @@ def _digest(*parts) -> str:
 def _identity(s: Condition) -> str: # of what a condition does
     if s is None or isinstance(s, Prompted): return _digest(type(s).__name__, getattr(s, "said", ""))
     tensors = lambda one: [t.detach().cpu().float().numpy().tobytes() for t in one._tensors().values()]
-    return _digest(*[part for one in _each(s) for part in (*tensors(one), one.layers, one.mode, one.positions, one.strength)])
+    return _digest(*[part for one in as_steerings(s) for part in (*tensors(one), one.layers, one.mode, one.positions, one.strength)])
 
 # %% ../nbs/06_evaluate.ipynb #6ed203bc
 Scorer = Callable[[Sequence[str], Sequence[str]], Values] # or an object with `under(lm, prompts)`
@@ -602,6 +591,34 @@ def _under(lm: LM, scorer, rows: Sequence[_Row]) -> list:
             for i, value in zip(group, scorer.under(lm, [rows[i].read for i in group]), strict=True): values[i] = value
     return values
 
+# %% ../nbs/06_evaluate.ipynb #7f81e0a8
+def _table(lm: LM, rows: Sequence[_Row], record: _Record, conditions: Mapping[tuple[str, float], Condition], scorers: Mapping[str, Scorer],
+           neutral: Sequence[str] | None, progress: bool) -> pd.DataFrame:
+    table = pd.DataFrame([record.rows[r.key] for r in rows if r.key in record.rows])
+    if not len(table): raise KeyboardInterrupt
+    for name in (name for name, scorer in scorers.items() if hasattr(scorer, "flipped")):
+        before = table[table.vector == UNSTEERED].set_index("prompt")[name]
+        table[f"{name} flipped"] = [scorers[name].flipped(value, before.get(i)) for value, i in zip(table[name], table.prompt, strict=True)]
+    if neutral is None: return table
+    acting = [None if isinstance(s, Prompted) else s for s in conditions.values()] # a changed prompt leaves other text alone
+    effects, key = side_effects(lm, acting, neutral, progress=progress), ["vector", "strength"]
+    return table.join(effects.set_axis(pd.MultiIndex.from_tuples(conditions, names=key)), on=key)
+
+# %% ../nbs/06_evaluate.ipynb #526d4b6e
+def _answer_all(lm: LM, rows: Sequence[_Row], questions: Sequence[str], scorers: Mapping[str, Scorer], record: _Record, batch_size: int,
+                progress: bool, generation: dict) -> None:
+    lengths = {text: len(lm.encode(text)) for text in {r.read for r in rows}}
+    order = sorted(range(len(rows)), key=lambda i: (lengths[rows[i].read], rows[i].prompt)) # all conditions of a prompt together
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    with Progress(len(rows), "compare", "answer", shown=progress) as bar:
+        for batch in batches:
+            some = [rows[i] for i in batch]
+            if not all(r.key in record.rows for r in some):
+                new = _answers(lm, [r.read for r in some], [r.steering for r in some], batch_size=len(some),
+                               streams=[r.prompt for r in some], **generation)
+                record.add(_scored(lm, some, questions, [r.said + text for r, text in zip(some, new, strict=True)], scorers))
+            bar.update(len(batch))
+
 # %% ../nbs/06_evaluate.ipynb #21dbad9d
 def compare(
     lm: LM, # the model; call this outside `lm.steer`
@@ -625,7 +642,7 @@ def compare(
     if len(shown) != len(prompts): raise ValueError(f"{len(shown)} questions for {len(prompts)} prompts: give one each.")
     conditions = _conditions(steerings, strengths)
     for s in conditions.values():
-        for one in _each(s) if isinstance(s, (Steering, Steerings)) else (): lm.check_fits(one)
+        for one in () if isinstance(s, Prompted) else as_steerings(s): lm.check_fits(one)
     rows = _rows_of(conditions, list(prompts))
     asked = dict(model=lm.about()["model"], dtype=str(lm.dtype), vectors={f"{v} @ {c:g}": _identity(s) for (v, c), s in conditions.items()},
                  prompts=_digest([r.read for r in rows], shown), scorers=list(scorers), generation=generation)
@@ -635,34 +652,6 @@ def compare(
         warnings.warn(f"Interrupted: {len(record.rows)} of {len(rows)} answers are there."
                       + (" Call again with the same path to go on." if path else ""), stacklevel=2)
     return _table(lm, rows, record, conditions, scorers, neutral, progress)
-
-def _answer_all(lm: LM, rows: Sequence[_Row], questions: Sequence[str], scorers: Mapping[str, Scorer], record: _Record, batch_size: int,
-                progress: bool, generation: dict) -> None:
-    lm.can_share_prompts # noqa: B018 found out before anything is steered
-    lengths = {text: len(lm.encode(text)) for text in {r.read for r in rows}}
-    order = sorted(range(len(rows)), key=lambda i: (lengths[rows[i].read], rows[i].prompt)) # all conditions of a prompt together
-    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
-    with Progress(len(rows), "compare", "answer", shown=progress) as bar:
-        for batch in batches:
-            some = [rows[i] for i in batch]
-            if not all(r.key in record.rows for r in some):
-                with lm.steer(rows=[r.steering for r in some]):
-                    new = lm.generate([r.read for r in some], batch_size=len(some), streams=[r.prompt for r in some], **generation)
-                record.add(_scored(lm, some, questions, [r.said + text for r, text in zip(some, new, strict=True)], scorers))
-            bar.update(len(batch))
-
-# %% ../nbs/06_evaluate.ipynb #7f81e0a8
-def _table(lm: LM, rows: Sequence[_Row], record: _Record, conditions: Mapping[tuple[str, float], Condition], scorers: Mapping[str, Scorer],
-           neutral: Sequence[str] | None, progress: bool) -> pd.DataFrame:
-    table = pd.DataFrame([record.rows[r.key] for r in rows if r.key in record.rows])
-    if not len(table): raise KeyboardInterrupt
-    for name in (name for name, scorer in scorers.items() if hasattr(scorer, "flipped")):
-        before = table[table.vector == UNSTEERED].set_index("prompt")[name]
-        table[f"{name} flipped"] = [scorers[name].flipped(value, before.get(i)) for value, i in zip(table[name], table.prompt, strict=True)]
-    if neutral is None: return table
-    acting = [None if isinstance(s, Prompted) else s for s in conditions.values()] # a changed prompt leaves other text alone
-    effects, key = side_effects(lm, acting, neutral, progress=progress), ["vector", "strength"]
-    return table.join(effects.set_axis(pd.MultiIndex.from_tuples(conditions, names=key)), on=key)
 
 # %% ../nbs/06_evaluate.ipynb #f3757cff
 _EFFECTS = ("tokens", "repetition", "kl", "perplexity", "dose")

@@ -16,10 +16,11 @@ import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
-from .lm import LM, Progress, Where
+from .baselines import chosen_tokens
+from .lm import LM, Progress
 from .objective import Example, Objective, Terms
 from .recipes import geodesic, total_losses
-from .steering import Positions, Steering, parse_positions, position_mask
+from .steering import Positions, Steering, parse_positions
 
 # %% auto #0
 __all__ = ['Vectors', 'cosines', 'cosine_summary', 'Connectivity', 'mode_connectivity', 'Projections', 'projections',
@@ -149,8 +150,7 @@ class Projections:
 def _chosen(lm: LM, ids: Sequence[int], positions: str, text: str) -> Tensor: # [tokens] bool
     if lm.context and len(ids) > lm.context:
         raise ValueError(f"A text of {len(ids)} tokens is longer than the context of {lm.context}: {text[:40]!r}...")
-    at, length = torch.arange(len(ids))[None], torch.tensor([len(ids)])
-    chosen = position_mask(positions, Where(at, torch.ones_like(at, dtype=torch.bool), length, torch.zeros(1, dtype=torch.long)))[0]
+    chosen = chosen_tokens(positions, torch.ones(1, len(ids), dtype=torch.bool), torch.tensor([len(ids)]))[0]
     if not chosen.any(): raise ValueError(f"positions={positions!r} selects none of the {len(ids)} tokens of {text[:40]!r}.")
     return chosen
 

@@ -53,13 +53,11 @@ def model_of(
 ) -> str: # a name for `open_model`
     "The model that a vector was made for. Raises `ValueError` if the file does not say one."
     from oneshot_steering.lm import DEFAULT_MODEL
+    from oneshot_steering.steering import as_steerings
     if given or vector is None: return given or DEFAULT_MODEL
-    names = {s.about.get("model") for s in _each(vector)}
+    names = {s.about.get("model") for s in as_steerings(vector)}
     if len(names) == 1 and (name := names.pop()): return name
     raise ValueError("The vector's file does not name one model that it was made for; say which with lm='...' (-M lm=... in a terminal).")
-
-def _each(vector: Steering | Steerings | None) -> Sequence[Steering]:
-    return () if vector is None else vector if isinstance(vector, tuple) else (vector,)
 
 def open_model(
     name: str, # an embedded model, a hub name, a folder, a `.gguf` file; "model+organism" is a model organism
@@ -212,10 +210,11 @@ class SteeredAPI(ModelAPI):
         batch_size: int = 32, # answers at once, at most
         **options: Any, # for `load_lm`: dtype, device, revision, ...
     ):
+        from oneshot_steering.steering import as_steerings
         super().__init__(model_name, base_url, api_key, [], config)
         vector = read_vector(model_name)
         self.shared, self.batch_size, self.ignored = shared_model(model_of(vector, lm), **options), batch_size, set()
-        for one in _each(vector): self.shared.lm.check_fits(one, force)
+        for one in as_steerings(vector): self.shared.lm.check_fits(one, force)
         self.steering = None if vector is None else vector * strength
 
     async def generate(self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig

@@ -304,7 +304,9 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 @contextmanager
 def _fast_products(model: nn.Module) -> Iterator[None]:
     "Within this context the linear layers of `model` multiply with oneDNN where that can be done."
-    usable = torch.backends.mkldnn.enabled and _onednn_works()
+    some = next(model.parameters(), None) # a model elsewhere, or in another precision, is not even looked through
+    there = some is not None and some.device.type == "cpu" and some.dtype == torch.float32
+    usable = there and torch.backends.mkldnn.enabled and _onednn_works()
     layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)] if usable else []
     try:
         for layer in layers: vars(layer)["forward"] = partial(_linear, layer)
@@ -603,37 +605,6 @@ class _Sampler:
         kept = likeliest.masked_fill(share.cumsum(-1) - share >= self.top_p, -torch.inf)
         return torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
 
-# %% ../nbs/00_lm.ipynb #30f6f0d0
-class _RoomyLayer(DynamicLayer):
-    "Keys and values of one block, with room for `room` more tokens."
-    def __init__(self, layer: DynamicLayer, room: int):
-        super().__init__()
-        vars(self).update(vars(layer))
-        self.room, self.held = room, None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        used, new = self.keys.shape[-2], key_states.shape[-2]
-        if self.held is None or used + new > self.held[0].shape[-2]:
-            widen = lambda t: torch.cat([t, t.new_empty(*t.shape[:-2], max(new, self.room), t.shape[-1])], -2)
-            self.held = widen(self.keys), widen(self.values)
-        for held, states in zip(self.held, (key_states, value_states), strict=True): held[..., used:used + new, :] = states
-        self.keys, self.values = (held[..., :used + new, :] for held in self.held)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.held = None
-
-def _with_room(past, room: int): # a KV cache whose plain layers are written in place from now on
-    if isinstance(past, DynamicCache):
-        plain = lambda layer: type(layer) is DynamicLayer and layer.get_seq_length() > 0
-        past.layers[:] = [_RoomyLayer(layer, room) if plain(layer) else layer for layer in past.layers]
-    return past
-
-def _can_select(past) -> bool: # whether rows can be taken out of a KV cache
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer, _RoomyLayer)
-    return past is None or (isinstance(past, DynamicCache) and all(type(layer) in kinds for layer in past.layers))
-
 # %% ../nbs/00_lm.ipynb #39ac98ca
 @patch
 def _prefill(self: LM, ids: Tensor, mask: Tensor, lengths: Tensor, rows: Tensor):
@@ -666,6 +637,7 @@ def _run_below(self: LM, layer: int, *batch: Tensor): # the stream entering a bl
     finally: handle.remove()
     return seen[0]
 
+# %% ../nbs/00_lm.ipynb #99f0f604
 @patch(as_prop=True)
 def can_share_prompts(self: LM) -> bool:
     "Whether rows with equal prompts can share the first pass of a generation; found out on first use outside `steer`."
@@ -699,6 +671,10 @@ def _try_share(self: LM) -> bool:
         handle.remove()
         self._can_share_prompts, self.rows_differ_from = None, before
 
+def _can_select(past) -> bool: # whether rows can be taken out of a KV cache
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return past is None or (isinstance(past, DynamicCache) and all(type(layer) in kinds for layer in past.layers))
+
 # %% ../nbs/00_lm.ipynb #23437030
 @patch
 def stop_ids(self: LM) -> set[int]:
@@ -724,9 +700,9 @@ def decode_steps(self: LM,
     alive = list(range(len(ids)))
     for _ in range(most):
         with torch.no_grad():
-            if past is None and use_cache: out = self._prefill(ids, mask, lengths, row_ids)
-            else: out = self.run(ids if past is None else new, mask, lengths, row_ids, keep=1, past_key_values=past, use_cache=use_cache)
-        if past is None and use_cache: past = _with_room(getattr(out, "past_key_values", None), most)
+            if past is not None: out = self.run(new, mask, lengths, row_ids, keep=1, past_key_values=past, use_cache=True)
+            else: out = self._prefill(ids, mask, lengths, row_ids) if use_cache else self.run(ids, mask, lengths, row_ids, keep=1)
+        past = getattr(out, "past_key_values", None) if use_cache else None # None where a model keeps no cache
         token = sampler(out.logits[:, -1].float())
         ended = ended | torch.isin(token, stop)
         said: list[int | None] = [None] * len(prompts)
@@ -742,34 +718,7 @@ def decode_steps(self: LM,
             alive = [alive[i] for i in left.tolist()]
             sampler.keep(left.tolist())
 
-# %% ../nbs/00_lm.ipynb #e9760a2b
-@patch
-def generate(self: LM,
-    prompts: str | Sequence[str], # one prompt or several, e.g. from `chat`
-    max_new_tokens: int = 64, # at most so many new tokens each
-    temperature: float = 0.0, # 0 is greedy
-    top_p: float = 1.0, # nucleus sampling: the smallest set of tokens with this much probability
-    seed: int = 0, # samples depend on the seed and the prompt's random stream alone
-    batch_size: int = 16, # rows a pass
-    stream: bool = False, # give an iterator over pieces of text instead
-    use_cache: bool = True, # False recomputes the whole sequence at each step
-    streams: Sequence[int] | None = None, # which random stream each prompt's samples are drawn from; 0, 1, ... if None
-) -> str | list[str] | Iterator: # the new text only; streaming yields pieces for one prompt, (row, piece) for several
-    "Continue each prompt, under whatever steering is active. Ends at an end-of-sequence token, which is not shown."
-    texts = _as_list(prompts)
-    if max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    if temperature < 0 or not 0 < top_p <= 1: raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
-    if streams is not None and len(streams) != len(texts):
-        raise ValueError(f"{len(streams)} streams for {len(texts)} prompts: give one each.")
-    encoded = [self._fitting(t) for t in texts]
-    order = sorted(range(len(texts)), key=lambda row: len(encoded[row]))
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    pieces = self._pieces(encoded, batches, max_new_tokens, (temperature, top_p, seed, streams), use_cache, quiet=stream)
-    if stream: return (piece for _, piece in pieces) if isinstance(prompts, str) else pieces
-    new = [""] * len(texts)
-    for row, piece in pieces: new[row] += piece
-    return new[0] if isinstance(prompts, str) else new
-
+# %% ../nbs/00_lm.ipynb #5635c4a6
 @patch
 def _fitting(self: LM, text: str) -> list[int]:
     ids = self.encode(text)
@@ -803,6 +752,34 @@ def _pieces(self: LM, encoded: list[list[int]], batches: list[list[int]], most: 
 @patch
 def _said(self: LM, ids: list[int]) -> str:
     return self.tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+# %% ../nbs/00_lm.ipynb #e9760a2b
+@patch
+def generate(self: LM,
+    prompts: str | Sequence[str], # one prompt or several, e.g. from `chat`
+    max_new_tokens: int = 64, # at most so many new tokens each
+    temperature: float = 0.0, # 0 is greedy
+    top_p: float = 1.0, # nucleus sampling: the smallest set of tokens with this much probability
+    seed: int = 0, # samples depend on the seed and the prompt's random stream alone
+    batch_size: int = 16, # rows a pass
+    stream: bool = False, # give an iterator over pieces of text instead
+    use_cache: bool = True, # False recomputes the whole sequence at each step
+    streams: Sequence[int] | None = None, # which random stream each prompt's samples are drawn from; 0, 1, ... if None
+) -> str | list[str] | Iterator: # the new text only; streaming yields pieces for one prompt, (row, piece) for several
+    "Continue each prompt, under whatever steering is active. Ends at an end-of-sequence token, which is not shown."
+    texts = _as_list(prompts)
+    if max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    if temperature < 0 or not 0 < top_p <= 1: raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
+    if streams is not None and len(streams) != len(texts):
+        raise ValueError(f"{len(streams)} streams for {len(texts)} prompts: give one each.")
+    encoded = [self._fitting(t) for t in texts]
+    order = sorted(range(len(texts)), key=lambda row: len(encoded[row]))
+    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    pieces = self._pieces(encoded, batches, max_new_tokens, (temperature, top_p, seed, streams), use_cache, quiet=stream)
+    if stream: return (piece for _, piece in pieces) if isinstance(prompts, str) else pieces
+    new = [""] * len(texts)
+    for row, piece in pieces: new[row] += piece
+    return new[0] if isinstance(prompts, str) else new
 
 # %% ../nbs/00_lm.ipynb #113f037b
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from .lm import LM, Where, block_input
 
 # %% auto #0
 __all__ = ['Positions', 'MODES', 'NEUTRAL_PROMPTS', 'parse_positions', 'position_mask', 'Steering', 'Steerings', 'stream_change',
-           'SteeringFileError', 'save_steering', 'atomic_write', 'load_steering']
+           'as_steerings', 'SteeringFileError', 'save_steering', 'atomic_write', 'load_steering']
 
 # %% ../nbs/01_steering.ipynb #a06042de
 Positions = str | slice # "all", "prompt", "completion", "last_5", "2:6" or slice(2, 6)
@@ -223,7 +223,10 @@ class _Locator:
         return self.where
 
 # %% ../nbs/01_steering.ipynb #cc5795a2
-def _as_steerings(steering: Steering | Steerings | None) -> Steerings:
+def as_steerings(
+    steering: Steering | Steerings | None, # one vector, several that apply together, or none
+) -> Steerings: # however many there are
+    "The vectors of an intervention; no vector for None."
     if steering is None: return Steerings()
     return Steerings([steering]) if isinstance(steering, Steering) else Steerings(steering)
 
@@ -250,8 +253,8 @@ def steer(self: LM,
 ) -> Iterator[LM]:
     "Within this context every pass of the model is steered. Always restores the model."
     if rows is not None and steerings: raise ValueError("Give either vectors for all rows or rows=[...], not both.")
-    together = Steerings(s for given in steerings for s in _as_steerings(given))
-    per_row = [together] if rows is None else [_as_steerings(r) for r in rows]
+    together = Steerings(s for given in steerings for s in as_steerings(given))
+    per_row = [together] if rows is None else [as_steerings(r) for r in rows]
     for one in dict.fromkeys(s for row in per_row for s in row): self.check_fits(one, force)
     used = sorted({i % self.n_layers for row in per_row for s in row for i in s.layers})
     locator, handles, before = _Locator(self), [], self.rows_differ_from
@@ -307,7 +310,7 @@ def save_steering(
     path: str | Path, # a `.safetensors` file
 ) -> Path: # where it was written
     "Write vectors to one safetensors file, atomically."
-    path, several = Path(path), _as_steerings(steering)
+    path, several = Path(path), as_steerings(steering)
     if not several: raise ValueError("There is no vector to save.")
     tensors = {f"{i}.{k}": t.detach().cpu().contiguous().clone() for i, s in enumerate(several) for k, t in s._tensors().items()}
     meta = [{k: getattr(s, k) for k in ("layers", "mode", "positions", "strength", "about")} for s in several]
