@@ -16,7 +16,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -159,6 +159,7 @@ class LM:
         self._can_resume: bool | None = None # found out on first use
         self._can_pack: bool | None = None # likewise
         self._can_share_prompts: bool | None = None # likewise
+        self._mlp_alone: bool | None = None # likewise, of the last block's `mlp`: each column by itself
         self.steered = 0 # how many steering contexts are open
         self.rows_differ_from: int | None = None # the lowest layer where the rows of a batch may be steered differently; None: nowhere
         self._block_output_size = 0 # entries of the tuple a block returns, 0 if it returns a tensor
@@ -356,31 +357,61 @@ def run(self: LM,
     if "position_ids" in self._accepts: kwargs["position_ids"] = positions
     if isinstance(keep, int) and "logits_to_keep" in self._accepts: kwargs["logits_to_keep"] = keep
     attention = mask.long() if sees is None else self._additive(sees)
-    places = keep if isinstance(keep, tuple) else None
     where = Where(positions, mask[:, -ids.shape[1]:], prompt_lengths, rows)
-    with self.at(where), self._head_at(places) as gathered, _fast_products(self.model):
+    few = self._only_at(keep) if isinstance(keep, tuple) else nullcontext()
+    with self.at(where), few as pick, _fast_products(self.model):
         out = self.model(input_ids=ids, attention_mask=attention, **{"use_cache": False, **kwargs})
-    if places is not None: out.logits = out.logits[0] if gathered else out.logits[places]
-    elif isinstance(keep, int): out.logits = out.logits[:, -keep:]
+    if pick is not None: out.logits = pick(out.logits)
+    elif keep is not None: out.logits = out.logits[:, -keep:]
     return out
 
 @patch
 def _additive(self: LM, sees: Tensor) -> Tensor: # [B, 1, T, T], what transformers adds to attention scores
     return torch.zeros(sees.shape, dtype=self.dtype, device=sees.device).masked_fill_(~sees, torch.finfo(self.dtype).min)[:, None]
 
+# %% ../nbs/00_lm.ipynb #2bbcac43
 @patch
 @contextmanager
-def _head_at(self: LM, places: tuple[Tensor, Tensor] | None) -> Iterator[list]:
-    "Within this context the output head computes logits at these (rows, columns) only; what is yielded is empty if it did not."
-    head, gathered = self.model.get_output_embeddings(), []
+def _only_at(self: LM, places: tuple[Tensor, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    "Within this context only what logits at these (rows, columns) need is computed; what is yielded picks them from the model's output."
+    unique, again = torch.unique(torch.stack(places), dim=1, return_inverse=True) # completions of a prompt share its last column
+    at, gathered = lambda x: tuple(unique.to(x.device)), []
     def gather(module, args):
         if not args or args[0].ndim != 3: return None
         gathered.append(True)
-        return (args[0][tuple(p.to(args[0].device) for p in places)][None], *args[1:])
-    handle = head.register_forward_pre_hook(gather) if head is not None and places is not None else None
-    try: yield gathered
+        return (args[0][at(args[0])][None], *args[1:])
+    head = self.model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(gather) if head is not None else None
+    try:
+        with self._last_mlp_at(at): yield lambda logits: (logits[0] if gathered else logits[at(logits)])[again.to(logits.device)]
     finally:
         if handle is not None: handle.remove()
+
+@patch
+@contextmanager
+def _last_mlp_at(self: LM, at: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
+    "Within this context the MLP of the last block gives zeros except at these (rows, columns)."
+    mlp, shapes, hooks = getattr(self.layers[-1], "mlp", None), [], []
+    def gather(module, args, kwargs):
+        if kwargs or len(args) != 1 or not self._treats_columns_alone(module, args[0]): return None
+        shapes.append(args[0].shape)
+        return (args[0][at(args[0])][None],), {}
+    def scatter(module, args, out):
+        return out.new_zeros(shapes.pop()).index_put(at(out), out[0]) if shapes else None
+    if isinstance(mlp, nn.Module): hooks = [mlp.register_forward_pre_hook(gather, with_kwargs=True), mlp.register_forward_hook(scatter)]
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
+
+@patch
+def _treats_columns_alone(self: LM, mlp: nn.Module, x: Tensor) -> bool: # x [B, T, d_model]
+    if self._mlp_alone is None:
+        try:
+            with torch.no_grad(): whole, part = mlp.forward(x), mlp.forward(x.flatten(0, 1)[None, ::2])
+            same = whole.shape == x.shape and (whole.flatten(0, 1)[::2] - part[0]).abs().max() <= 1e-2 * whole.abs().max()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError): same = False
+        self._mlp_alone = bool(same)
+    return self._mlp_alone
 
 # %% ../nbs/00_lm.ipynb #ff7b467c
 class _Reached(Exception): "Raised inside a forward pass once the wanted layer has been seen; never leaves this module."
