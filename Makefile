@@ -17,7 +17,7 @@ SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test coverage lint export clean-notebooks notebooks readme studies bench wheel constraints
+.PHONY: help quickstart test coverage lint export notebooks readme studies bench wheel constraints
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,14 +54,15 @@ lint: .venv/installed-dev ## Check style
 export: .venv/installed-dev ## Make the package from the notebooks
 	$(BIN)/nbdev_export
 
-clean-notebooks: ## Execute notebooks in place, slow cells too (all, or NBS=...), and clean them
-studies: ## Execute the studies
+notebooks: ## Execute notebooks in place, slow cells too (all, or NBS=...), and clean them
+studies: ## Execute the studies at laptop scale, then print what each claims, what the paper reports and what we measure
 studies: NBS = nbs/studies
 bench: ## Execute the benchmarks
 bench: NBS = nbs/benchmarks
 bench: .venv/installed-bench
 notebooks studies bench: .venv/installed-dev
 	$(BIN)/python tools/notebooks.py execute $(NBS)
+	$(if $(filter studies,$@),$(BIN)/python tools/notebooks.py claims)
 
 readme: .venv/installed-dev ## Make README.md from nbs/index.ipynb
 	$(BIN)/python tools/notebooks.py readme

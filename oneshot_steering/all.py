@@ -1,5 +1,6 @@
 "Everything a notebook needs, in one import: `from oneshot_steering.all import *`."
 
+from oneshot_steering.alignment_faker import *
 from oneshot_steering.baselines import *
 from oneshot_steering.calibrate import *
 from oneshot_steering.datasets import *
@@ -13,4 +14,5 @@ from oneshot_steering.organisms import *
 from oneshot_steering.plot import *
 from oneshot_steering.recipes import *
 from oneshot_steering.steering import *
+from oneshot_steering.study import *
 from oneshot_steering.surprisal import *

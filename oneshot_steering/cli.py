@@ -16,11 +16,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from . import __version__
+from .alignment_faker import Scenario, make_scenarios, scenario_prompt
 from .evaluate import Readable, flip_table, read_under, text_rates
 from .lm import LM, load_lm
 from .objective import Example
 from .optimize import Fit, Job, Stop, optimize, optimize_many
-from .organisms import ORGANISMS, Scenario, load_organism, make_scenarios, scenario_prompt, train_organism
+from .organisms import ORGANISMS, load_organism, organism, train_organism
 from .plot import PAPER_FLIPS, plot_fit, plot_flips
 from .recipes import swapped_choice
 from .steering import Steering
@@ -244,7 +245,7 @@ def text_demo(
 
 # %% ../nbs/16_cli.ipynb #26213c16
 def _organism_list(args: argparse.Namespace) -> None:
-    for organism in ORGANISMS.values(): print(f"{organism.name:20} {organism.shows}")
+    for name in ORGANISMS: print(f"{name:20} {organism(name).shows}")
 
 def _organism_train(args: argparse.Namespace) -> None:
     train_organism(args.name, args.out or Path("out") / args.name, seed=args.seed)
@@ -263,11 +264,11 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--text", action="store_true", help="free text: English to Spanish on Gemma-3-270M (Gemma Terms of Use)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the vector and the picture (default: out)")
     demo.set_defaults(run=_demo)
-    organism = commands.add_parser("organism", help="model organisms: small models trained to show a behaviour").add_subparsers(
+    organisms = commands.add_parser("organism", help="model organisms: small models trained to show a behaviour").add_subparsers(
         title="commands", required=True, metavar="COMMAND")
-    organism.add_parser("list", help="the organisms and what they show").set_defaults(run=_organism_list)
-    train = organism.add_parser("train", help="train one anew from its seed (under 15 minutes on two cores)")
-    train.add_argument("name", choices=sorted(ORGANISMS), help="which organism")
+    organisms.add_parser("list", help="the organisms and what they show").set_defaults(run=_organism_list)
+    train = organisms.add_parser("train", help="train one anew from its seed (under 15 minutes on two cores)")
+    train.add_argument("name", choices=ORGANISMS, help="which organism")
     train.add_argument("--out", type=Path, metavar="DIR", help="folder for the adapter (default: out/NAME)")
     train.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     train.set_defaults(run=_organism_train)

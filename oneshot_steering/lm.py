@@ -37,8 +37,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # %% auto #0
 __all__ = ['TINY_ARCHITECTURES', 'Messages', 'EMBEDDED', 'DEFAULT_MODEL', 'Progress', 'tiny_tokenizer', 'tiny_model',
-           'find_blocks', 'Where', 'LM', 'Pair', 'block_input', 'PackedRow', 'sees_ancestors', 'EmbeddedModel',
-           'cache_dir', 'embedded_path', 'fast_dtype', 'load_lm', 'tiny_lm']
+           'find_blocks', 'Where', 'LM', 'Pair', 'fast_products', 'block_input', 'PackedRow', 'sees_ancestors',
+           'EmbeddedModel', 'cache_dir', 'embedded_path', 'fast_dtype', 'load_lm', 'tiny_lm']
 
 # %% ../nbs/00_lm.ipynb #8a6b73cd
 class Progress:
@@ -303,7 +303,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return _Product.apply(x, weight, bias)
 
 @contextmanager
-def _fast_products(model: nn.Module) -> Iterator[None]:
+def fast_products(model: nn.Module) -> Iterator[None]:
     "Within this context the linear layers of `model` multiply with oneDNN where that can be done."
     some = next(model.parameters(), None) # a model elsewhere, or in another precision, is not even looked through
     there = some is not None and some.device.type == "cpu" and some.dtype == torch.float32
@@ -359,7 +359,7 @@ def run(self: LM,
     attention = mask.long() if sees is None else self._additive(sees)
     where = Where(positions, mask[:, -ids.shape[1]:], prompt_lengths, rows)
     few = self._only_at(keep) if isinstance(keep, tuple) else nullcontext()
-    with self.at(where), few as pick, _fast_products(self.model):
+    with self.at(where), few as pick, fast_products(self.model):
         out = self.model(input_ids=ids, attention_mask=attention, **{"use_cache": False, **kwargs})
     if pick is not None: out.logits = pick(out.logits)
     elif keep is not None: out.logits = out.logits[:, -keep:]

@@ -1,5 +1,6 @@
 """Two things that notebooks need and nbdev leaves to Quarto: `readme` makes README.md from nbs/index.ipynb,
-`execute [NOTEBOOK or FOLDER ...]` runs notebooks in place (all of them by default) and cleans them."""
+`execute [NOTEBOOK or FOLDER ...]` runs notebooks in place (all of them by default) and cleans them.
+And `claims` prints what the studies found."""
 
 import os
 import posixpath
@@ -49,6 +50,12 @@ def readme_text():
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def has_parameters(path):
+    "Whether papermill can run this notebook at another scale."
+    nb = nbformat.read(path, as_version=4)
+    return any("parameters" in cell.metadata.get("tags", []) for cell in nb.cells)
+
+
 class Runner(NotebookClient):
     "Runs what nbdev_test runs plus the slow cells; cells that cannot run here keep the output that they have."
 
@@ -86,6 +93,15 @@ def execute(path):
     return True
 
 
+def print_claims():
+    import pandas as pd
+
+    from oneshot_steering.study import claims_table
+
+    with pd.option_context("display.max_colwidth", 60, "display.width", 200):
+        print(claims_table(NBS / "studies" / "claims").to_string(index=False))
+
+
 def main(command, *paths):
     if command == "readme":
         (ROOT / "README.md").write_text(readme_text(), encoding="utf-8")
@@ -94,6 +110,8 @@ def main(command, *paths):
         os.environ.update(IN_TEST="1", TQDM_DISABLE="1")
         results = [execute(nb) for path in paths or [NBS] for nb in notebooks(Path(path).resolve())]
         sys.exit(not all(results))
+    elif command == "claims":
+        print_claims()
     else:
         sys.exit(__doc__)
 
