@@ -181,7 +181,7 @@ def test_samples_come_from_the_stream_they_are_told():
 
 
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
-def testfast_products_are_pytorchs(architecture):
+def test_fast_products_are_pytorchs(architecture):
     lm, ids = tiny_lm(architecture), torch.arange(5, 25)[None]
     start = torch.randn(32, generator=torch.Generator().manual_seed(0))
 
@@ -203,7 +203,7 @@ def testfast_products_are_pytorchs(architecture):
     assert fast == pytest.approx(plain, abs=1e-4) and torch.allclose(gradient, wanted, atol=1e-4 * wanted.abs().max())
 
 
-def testfast_products_leave_trainable_and_other_layers_alone():
+def test_fast_products_leave_trainable_and_other_layers_alone():
     trained, half = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3).to(torch.bfloat16).requires_grad_(False)
     both = torch.nn.ModuleList([trained, half])
     with lm_module.fast_products(both):
