@@ -17,7 +17,7 @@ SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test coverage lint export notebooks readme studies bench wheel constraints
+.PHONY: help quickstart test coverage lint export notebooks docs readme studies bench wheel constraints
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ help: ## Show this list
 	$(INSTALL) --editable '.[dev,widgets,eval]'
 	@touch $@
 
+.venv/installed-docs: .venv/installed-dev
+	@echo "Installing what the site is built with into .venv ..."
+	$(INSTALL) --editable '.[docs]'
+	@touch $@
+
 .venv/installed-bench: .venv/installed-dev
 	@echo "Installing the libraries that the benchmarks compare with into .venv ..."
 	$(INSTALL) --no-deps steerex==0.1.0
@@ -42,10 +47,10 @@ help: ## Show this list
 quickstart: .venv/installed ## Install, fetch the embedded model and run the demo
 	$(BIN)/oneshot-steering demo $(DEMO_ARGS)
 
-test: .venv/installed-dev ## Run every check: exports, notebooks, README, style, tests, the wheel
+test: .venv/installed-docs ## Run every check: exports, notebooks, README, style, tests, the wheel
 	@$(BIN)/python -m pytest $(TEST_ARGS)
 
-coverage: .venv/installed-dev ## Run every check, and show which lines of the package none of them ran
+coverage: .venv/installed-docs ## Run every check, and show which lines of the package none of them ran
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing $(TEST_ARGS)
 
 lint: .venv/installed-dev ## Check style
@@ -64,6 +69,9 @@ notebooks studies bench: .venv/installed-dev
 	$(BIN)/python tools/notebooks.py execute $(NBS)
 	$(if $(filter studies,$@),$(BIN)/python tools/notebooks.py claims)
 
+docs: .venv/installed-docs ## Build the site into _docs/ (look at it: python -m http.server -d _docs)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 readme: .venv/installed-dev ## Make README.md from nbs/index.ipynb
 	$(BIN)/python tools/notebooks.py readme
 
@@ -72,5 +80,5 @@ wheel: .venv/installed-dev ## Build wheel and sdist into dist/
 
 constraints: .venv/installed ## Resolve constraints.txt anew for Python 3.10 and later (UPGRADE="-P torch" moves a pin)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile setup.py --extra dev --extra widgets --extra eval --universal --python-version 3.10 --no-annotate \
+	$(BIN)/uv pip compile setup.py --extra dev --extra widgets --extra docs --extra eval --universal --python-version 3.10 --no-annotate \
 		--refresh-package oneshot-steering --custom-compile-command "make constraints" --quiet --output-file constraints.txt $(UPGRADE)

@@ -3,6 +3,7 @@
 from oneshot_steering.alignment_faker import *
 from oneshot_steering.baselines import *
 from oneshot_steering.calibrate import *
+from oneshot_steering.coder import *
 from oneshot_steering.datasets import *
 from oneshot_steering.evaluate import *
 from oneshot_steering.export import *
@@ -13,6 +14,8 @@ from oneshot_steering.optimize import *
 from oneshot_steering.organisms import *
 from oneshot_steering.plot import *
 from oneshot_steering.recipes import *
+from oneshot_steering.retractor import *
 from oneshot_steering.steering import *
 from oneshot_steering.study import *
 from oneshot_steering.surprisal import *
+from oneshot_steering.widgets import *

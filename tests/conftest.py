@@ -1,6 +1,9 @@
 """Shared by all tests."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +23,14 @@ def empty_cache(tmp_path, monkeypatch):
     "An empty cache folder, for the tests of what fills it."
     monkeypatch.setenv("ONESHOT_STEERING_CACHE", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    "The folder of the site, built as `make docs` builds it."
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"the site cannot be built:\n{done.stdout}\n{done.stderr}"
+    return folder

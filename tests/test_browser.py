@@ -1,0 +1,501 @@
+"""The sliders in a real browser: in JupyterLab, in the dashboard and in the site. Chromium is driven by Playwright; where there is none,
+and no way to install it, these tests are skipped. Each leaves a screenshot in tests/artifacts: look at them."""
+
+import functools
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import expect, sync_playwright
+
+from oneshot_steering.lm import tiny_lm
+from oneshot_steering.steering import Steering
+from oneshot_steering.widgets import steering_figure
+
+ARTIFACTS = Path(__file__).parent / "artifacts"
+TUTORIAL = Path(__file__).parent.parent / "nbs" / "tutorials" / "slider.ipynb"
+FLAGS = [f"--{flag}" for flag in ("no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-background-networking")]
+LAB = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.port_retries=0",
+       "--LabApp.expose_app_in_browser=True"]  # fmt: skip
+WAIT = 60_000  # milliseconds; a busy machine is slow
+expect.set_options(timeout=WAIT)
+
+SLIDER = """
+import torch
+from oneshot_steering.all import *
+
+lm = tiny_lm()
+torch.manual_seed(0)
+hot, cold = (Steering(3 * torch.randn(lm.d_model), 2) for _ in range(2))
+app = steering_slider(lm, dict(hot=hot, cold=cold), ["The quick brown", "Once upon a time"], calibrated=dict(hot=0.5), max_new_tokens=300)
+app
+"""
+PANEL = """
+panel = optimizer_panel(lm, prompt="The quick brown", promote=" fox", suppress=" dog", layer=1, steps=2000, path="found.safetensors")
+panel
+"""
+EMBEDDED = """
+import torch
+from oneshot_steering.all import *
+
+lm = load_lm()
+torch.manual_seed(0)
+steering_slider(lm, dict(some=Steering(20 * torch.nn.functional.normalize(torch.randn(lm.d_model), dim=0), 12)), "The weather in London is")
+"""
+
+
+def chromium():
+    "A Chromium on this machine; Debian's is installed if this is Debian and the user may."
+    names = ["chromium", "chromium-browser", "google-chrome"]
+    if not any(map(shutil.which, names)) and shutil.which("apt-get") and os.geteuid() == 0:
+        for command in ["apt-get update", "apt-get install --yes --no-install-recommends chromium"]:
+            subprocess.run(command.split(), env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"}, capture_output=True)
+    return next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.fixture(scope="module")  # Playwright's event loop must not outlive these tests
+def browser():
+    path = chromium()
+    if path is None:
+        pytest.skip("there is no Chromium here, and it can be installed only as root where apt-get is")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def watched(browser, **options):
+    "A page that notes the addresses of other hosts that it asks for."
+    page = browser.new_context(viewport=dict(width=1200, height=1000), **options).new_page()
+    page.set_default_timeout(WAIT)
+    page.elsewhere, here = [], ("http://127.0.0.1:", "file:", "data:", "blob:")
+    page.on("request", lambda request: None if request.url.startswith(here) else page.elsewhere.append(request.url))
+    return page
+
+
+@pytest.fixture(autouse=True)
+def screenshot(request):
+    "A picture of the page at the end of a test, passed or failed."
+    yield
+    for page in [value for name, value in request.node.funcargs.items() if name in {"lab", "dashboard", "still"}]:
+        picture(page, request.node.name)
+
+
+def picture(page, name):
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"{re.sub(r'[^a-z0-9]+', '_', name.lower().removeprefix('test_')).strip('_')}.png")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def served(command, address, folder, seconds=90):
+    "Run a server until the caller is done with it."
+    log = (folder / "server.log").open("w")
+    environment = os.environ | {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")}
+    environment |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
+    server = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    try:
+        for _ in range(seconds * 5):
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+# --- what every slider must do, wherever it is
+
+
+def run_of(page):
+    return int(page.locator(".oneshot-slider .oneshot-status [data-run]").first.get_attribute("data-run"))
+
+
+def steered(page):
+    return page.locator(".oneshot-slider .oneshot-steered .oneshot-text").first
+
+
+def settled(page):
+    "The steered text, once it is written to its end."
+    expect(page.locator(".oneshot-slider .oneshot-status [data-state]").first).to_have_attribute("data-state", re.compile("done|error"))
+    return steered(page).inner_text()
+
+
+def handle(page, number=0):
+    return page.locator(".oneshot-slider .oneshot-strength .noUi-handle").nth(number)
+
+
+def drag(page, by=60, number=0):
+    "Take the handle with the mouse and move it sideways."
+    box = handle(page, number).bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for step in range(1, 7):
+        page.mouse.move(x + by * step / 6, y)
+    page.mouse.up()
+
+
+def strength(page, number=0):
+    return float(handle(page, number).get_attribute("aria-valuetext") or handle(page, number).get_attribute("aria-valuenow"))
+
+
+def check_mouse(page):
+    before, text = strength(page), settled(page)
+    drag(page, by=-60)
+    expect(steered(page)).not_to_have_text(text)
+    assert strength(page) < before and settled(page) != text
+
+
+def check_keyboard(page):
+    before, text, run = strength(page), settled(page), run_of(page)
+    handle(page).focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function("run => +document.querySelector('.oneshot-slider .oneshot-status [data-run]').dataset.run > run", arg=run)
+    assert settled(page) != text and strength(page) > before
+
+
+def check_zero(page):
+    "At strength zero the steered text is the unsteered one."
+    handle(page).focus()
+    while (now := strength(page)) != 0:
+        page.keyboard.press("ArrowLeft" if now > 0 else "ArrowRight")
+    page.wait_for_function("""() => {
+        const text = kind => document.querySelector(`.oneshot-slider .oneshot-${kind} .oneshot-text`).innerText.replace(kind, "");
+        return text("steered") === text("unsteered") }""")
+
+
+def serious(page, within=None):
+    "What axe-core finds seriously wrong, in our own elements or in the whole page: (rule, help, elements)."
+    found = Axe().run(page, context={"include": [[within]]} if within else None).response["violations"]
+    return [(v["id"], v["help"], [n["html"][:150] for n in v["nodes"]][:5]) for v in found if v["impact"] in {"serious", "critical"}]
+
+
+# --- JupyterLab
+
+
+@pytest.fixture(scope="module")
+def jupyter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jupyter")
+    for name, cells in {"slider": [SLIDER, PANEL], "embedded": [EMBEDDED]}.items():
+        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in cells])
+        nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(nb, folder / f"{name}.ipynb")
+    shutil.copy(TUTORIAL, folder / "tutorial.ipynb")
+    quiet = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    quiet.mkdir(parents=True)
+    (quiet / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    port = free_port()
+    command = [sys.executable, "-m", "jupyter", "lab", *LAB, f"--ServerApp.port={port}"]
+    yield from served(command, f"http://127.0.0.1:{port}/api/status", folder)
+
+
+def opened(browser, jupyter, notebook):
+    page = watched(browser)
+    page.goto(jupyter.replace("/api/status", f"/doc/tree/{notebook}.ipynb?reset"))
+    page.get_by_text(re.compile("Python 3.*Idle")).first.wait_for()  # before that, a command to run is lost
+    return page
+
+
+def run_all(page):
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells').then(() => { window.ran = true }) }")
+
+
+@pytest.fixture(scope="module")
+def lab(browser, jupyter):
+    page = opened(browser, jupyter, "slider")
+    run_all(page)
+    page.wait_for_selector(".oneshot-slider .oneshot-steered .oneshot-text")
+    page.wait_for_selector(".oneshot-panel .oneshot-optimise")
+    return page
+
+
+def test_lab_shows_both_texts(lab):
+    assert settled(lab) and lab.locator(".oneshot-unsteered .oneshot-text").first.inner_text() != steered(lab).inner_text()
+    assert lab.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+    assert lab.locator(".oneshot-steered .oneshot-text span[title]").count() > 0
+    assert strength(lab) == 0.5
+
+
+def test_lab_drag_with_the_mouse(lab):
+    check_mouse(lab)
+
+
+def test_lab_drag_with_the_keyboard(lab):
+    check_keyboard(lab)
+
+
+def test_lab_second_vector_composes(lab):
+    text = settled(lab)
+    drag(lab, by=40, number=1)
+    expect(steered(lab)).not_to_have_text(text)
+    settled(lab)
+
+
+def test_lab_marks_lie_under_the_handle(lab):
+    def middle(place):
+        box = place.bounding_box()
+        return box["x"] + box["width"] / 2
+
+    marks = lab.locator(".oneshot-marks").first.locator("i:not(.mark)")
+    low, high = (float(mark.inner_text()) for mark in (marks.first, marks.last))
+    share = (strength(lab) - low) / (high - low)
+    expected = middle(marks.first) + share * (middle(marks.last) - middle(marks.first))
+    assert middle(handle(lab)) == pytest.approx(expected, abs=4), "the marks do not lie under the values that they name"
+
+
+def test_lab_change_in_mid_stream(lab):
+    "A newer value ends the text that is being written: the text goes on under the newer run only."
+    settled(lab)
+    first = run_of(lab)
+    handle(lab).focus()
+    lab.keyboard.press("ArrowLeft")
+    lab.wait_for_function("run => +document.querySelector('.oneshot-slider .oneshot-steered .oneshot-text')?.dataset.run > run", arg=first)
+    running = lab.locator(".oneshot-slider .oneshot-status [data-state]").first.get_attribute("data-state")
+    for _ in range(3):
+        lab.keyboard.press("ArrowLeft")
+    assert running == "running", "the text was written to its end before it could be changed"
+    settled(lab)
+    assert int(steered(lab).get_attribute("data-run")) == run_of(lab) > first + 1
+
+
+def test_lab_type_a_prompt_and_pick_one(lab):
+    text = settled(lab)
+    lab.locator(".oneshot-prompt textarea").first.fill("Dogs and cats")
+    expect(steered(lab)).not_to_have_text(text)
+    text = settled(lab)
+    lab.locator(".oneshot-picker select").first.select_option(index=1)
+    expect(lab.locator(".oneshot-prompt textarea").first).to_have_value("Once upon a time")
+    expect(steered(lab)).not_to_have_text(text)
+
+
+def test_lab_error_and_recovery(lab):
+    lab.locator(".oneshot-prompt textarea").first.fill("")
+    error = lab.locator(".oneshot-slider .oneshot-error [role=alert]")
+    expect(error).to_contain_text(re.compile("prompt", re.IGNORECASE))
+    lab.locator(".oneshot-prompt textarea").first.fill("The quick brown")
+    expect(error).to_have_count(0)
+    assert settled(lab)
+    assert lab.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+
+
+def test_lab_optimise_stop_and_save(lab):
+    state = lab.locator(".oneshot-fit-status [data-state]").first
+    lab.locator(".oneshot-promote textarea").first.fill("")
+    lab.locator(".oneshot-suppress textarea").first.fill("")
+    lab.locator(".oneshot-optimise").click()
+    expect(lab.locator(".oneshot-fit-error [role=alert]")).to_have_count(1)
+    lab.locator(".oneshot-promote textarea").first.fill(" fox")
+    lab.locator(".oneshot-optimise").click()
+    expect(state).to_have_attribute("data-state", "running")
+    expect(lab.locator(".oneshot-fit-error [role=alert]")).to_have_count(0)
+    lab.wait_for_selector(".oneshot-fit-plot img")
+    lab.locator(".oneshot-stop").click()
+    expect(state).to_have_attribute("data-state", "stopped")
+    lab.wait_for_selector(".oneshot-result .oneshot-steered .oneshot-text")
+    lab.locator(".oneshot-save").click()
+    expect(state).to_have_attribute("data-state", "saved")
+
+
+def test_lab_is_accessible(lab):
+    assert serious(lab, ".oneshot-slider") == []
+    assert serious(lab, ".oneshot-panel") == []
+
+
+def test_lab_reload(lab):
+    "The kernel goes on; after a reload the saved notebook shows the same sliders, and they work."
+    lab.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    lab.wait_for_timeout(1500)
+    lab.reload()
+    lab.wait_for_selector(".oneshot-slider .oneshot-strength .noUi-handle")
+    check_keyboard(lab)
+    assert lab.elsewhere == []
+
+
+def test_lab_tutorial(browser, jupyter):
+    "The tutorial of the sliders, as a person meets it: run everything, take the handle."
+    page = opened(browser, jupyter, "tutorial")
+    run_all(page)
+    page.wait_for_function("window.ran", timeout=3 * WAIT)
+    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    assert page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+    check_keyboard(page)
+    picture(page, "tutorial")
+    page.context.close()
+
+
+def test_lab_embedded_model_answers_a_drag(browser, jupyter, record_property):
+    "With the embedded model: how long from a key to the first token of the new text."
+    page = opened(browser, jupyter, "embedded")
+    run_all(page)
+    page.wait_for_selector(".oneshot-steered .oneshot-text")
+    text = settled(page)
+    handle(page).focus()
+    watch = """run => { window.answered = new Promise((done, failed) => {
+        const began = performance.now(), look = () => {
+            const pane = document.querySelector('.oneshot-steered .oneshot-text');
+            if (+pane?.dataset.run > run && +pane.dataset.tokens > 0) done(performance.now() - began);
+            else if (performance.now() - began > 60000) failed('no token in a minute');
+            else requestAnimationFrame(look) };
+        look() }) }"""
+    times = []
+    for _ in range(3):
+        page.evaluate(watch, run_of(page))
+        page.keyboard.press("ArrowLeft")
+        times.append(page.evaluate("window.answered") / 1000)
+        settled(page)
+    picture(page, "embedded")
+    (ARTIFACTS / "latency.txt").write_text("".join(f"{seconds:.2f} s from key to first token\n" for seconds in times))
+    record_property("seconds to the first token", times)
+    assert steered(page).inner_text() != text
+    page.context.close()
+
+
+# --- the dashboard
+
+
+def forget(page):
+    "Requests that the page's own policy stops never leave the browser."
+    page.on("requestfailed", lambda request: page.elsewhere.remove(request.url) if request.failure == "csp" else None)
+
+
+@pytest.fixture(scope="module")
+def dashboard(browser, tmp_path_factory):
+    folder, lm = tmp_path_factory.mktemp("dashboard"), tiny_lm()
+    for part in (lm.model, lm.tok):
+        part.save_pretrained(folder / "tiny")
+    torch.manual_seed(0)
+    Steering(3 * torch.randn(lm.d_model), 2).save(folder / "hot.safetensors")
+    port = free_port()
+    command = [Path(sys.executable).with_name("oneshot-steering"), "app", "--model", "tiny", "--vector", "hot.safetensors"]
+    for address in served([*command, "--port", str(port), "--no-browser"], f"http://127.0.0.1:{port}/voila/static/voila.js", folder):
+        page = watched(browser)
+        forget(page)
+        page.goto(address.partition("/voila")[0])
+        page.wait_for_selector(".oneshot-steered .oneshot-text")
+        yield page
+
+
+def test_dashboard(dashboard):
+    assert dashboard.locator("h1").inner_text().startswith("Drag a strength")
+    check_mouse(dashboard)
+    check_keyboard(dashboard)
+    check_zero(dashboard)
+    assert dashboard.elsewhere == []
+
+
+def test_dashboard_is_accessible(dashboard):
+    assert serious(dashboard, ".oneshot-slider") == []
+
+
+def test_dashboard_reload(dashboard):
+    dashboard.reload()
+    dashboard.wait_for_selector(".oneshot-steered .oneshot-text")
+    check_mouse(dashboard)
+
+
+# --- the site
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def still(request, browser):
+    return watched(browser, color_scheme=request.param)
+
+
+SAMPLE = ["index.html", "02_objective.html", "names.html", "studies/alignment_faking.html"]
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_site_page(still, address, name):
+    "Readable in light and dark, nothing asked of another host, no error in the console."
+    problems = []
+    still.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    still.goto(f"{address}/{name}")
+    still.wait_for_load_state("networkidle")
+    assert serious(still) == []
+    assert problems == [] and still.elsewhere == []
+
+
+def test_site_search(still, address):
+    still.goto(f"{address}/index.html")
+    still.locator("input[name=query]").fill("coldness")
+    found = still.locator(".md-search-result__link").first
+    expect(found).to_be_visible()
+    found.click()
+    still.wait_for_url(re.compile(r"\.html\?h=coldness"))
+    assert still.elsewhere == []
+
+
+def check_figure(page):
+    "A slider without a kernel: another strength and another prompt show another text, and nothing is asked of another host."
+    figure, shown = page.locator(".oneshot-figure").first, page.locator(".oneshot-figure").first.locator(".oneshot-at:visible")
+    expect(shown).to_have_count(1)
+    figure.locator("input[type=range]").first.focus()
+    page.keyboard.press("Home")
+    text = shown.inner_text()
+    page.keyboard.press("End")
+    expect(shown).to_have_count(1)
+    assert shown.inner_text() != text
+    assert serious(page, ".oneshot-figure") == []
+    assert page.elsewhere == []
+
+
+def test_site_slider(still, address, site):
+    pages = [path for path in site.rglob("*.html") if '<div class="oneshot-figure' in path.read_text(encoding="utf-8")]
+    assert pages, "no notebook shows a steering_figure"
+    for path in pages:
+        still.goto(f"{address}/{path.relative_to(site).as_posix()}")
+        check_figure(still)
+
+
+def test_file_with_a_slider(still, tmp_path):
+    "The page that steering_figure writes, opened as a file, as somebody would who got it by mail."
+    lm = tiny_lm()
+    torch.manual_seed(0)
+    hot = Steering(3 * torch.randn(lm.d_model), 2)
+    steering_figure(lm, {"hot": hot}, ["The quick brown", "Once"], path=tmp_path / "figure.html", max_new_tokens=12)
+    still.goto(f"file://{tmp_path}/figure.html")
+    check_figure(still)
+    picker, shown = still.locator(".oneshot-figure select"), still.locator(".oneshot-figure .oneshot-at:visible")
+    text = shown.inner_text()
+    picker.select_option("1")
+    assert shown.inner_text() != text
+    assert serious(still) == []
