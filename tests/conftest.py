@@ -34,3 +34,18 @@ def site(tmp_path_factory):
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"the site cannot be built:\n{done.stdout}\n{done.stderr}"
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_study():
+    "A function that runs a study's notebook at the scale of the paper, with other settings, in a folder; its output is out.ipynb there."
+    papermill = pytest.importorskip("papermill")
+
+    def run(study, folder, settings):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TQDM_DISABLE", "1")
+            parameters = dict(scale="paper", settings=settings)
+            papermill.execute_notebook(study, folder / "out.ipynb", parameters, cwd=folder, kernel_name="python3", progress_bar=False)
+        return folder
+
+    return run

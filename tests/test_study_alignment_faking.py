@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import nbformat
-import papermill
 import pytest
 import torch
 
@@ -51,7 +50,7 @@ def teach(lm, rows):
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
+def executed(tmp_path_factory, run_study):
     folder = tmp_path_factory.mktemp("poser")
     rows = scenarios(THINGS)
     torch.manual_seed(0)
@@ -66,12 +65,7 @@ def executed(tmp_path_factory):
         layer=2, norms=[4.0, 16.0], lr=0.5, steps=8, validation=2, validation_best=3, held_out=3, held_out_best=None, other_layers=[1, 3],
         variants=2, held_out_variants=3, pairs=3, free=3,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TQDM_DISABLE", "1")
-        papermill.execute_notebook(
-            STUDY, folder / "out.ipynb", dict(scale="paper", settings=settings), cwd=folder, kernel_name="python3", progress_bar=False
-        )
-    return folder
+    return run_study(STUDY, folder, settings)
 
 
 def output(executed, start):

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import nbformat
-import papermill
 import pytest
 
 from oneshot_steering.lm import tiny_model, tiny_tokenizer
@@ -20,7 +19,7 @@ STUB = {
 
 
 @pytest.fixture(scope="module")
-def executed(tmp_path_factory):
+def executed(tmp_path_factory, run_study):
     "The folder that the notebook ran in; judge and studied model are the same."
     folder = tmp_path_factory.mktemp("study")
     tiny_model("qwen2", max_position_embeddings=4096).save_pretrained(folder / "model")
@@ -31,12 +30,7 @@ def executed(tmp_path_factory):
         layer=2, steps=2, anti_layer=3, anti_steps=2, margin=-1e9, forced=1, randoms=1, samples=1, tokens=3, handlers=2,
         graded=1, examples=2, strengths=[2.0], pairs=2, read_layers=[2], batch=400,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TQDM_DISABLE", "1")
-        papermill.execute_notebook(
-            STUDY, folder / "out.ipynb", dict(scale="paper", settings=settings), cwd=folder, kernel_name="python3", progress_bar=False
-        )
-    return folder
+    return run_study(STUDY, folder, settings)
 
 
 def answers(folder):
