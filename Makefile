@@ -3,7 +3,7 @@
 #   PIP_ARGS          more arguments for every pip install:      make quickstart PIP_ARGS="--proxy ..."
 #   DEMO_ARGS         arguments of the demo:                     make quickstart DEMO_ARGS=--text
 #   TEST_ARGS         arguments for pytest:                      make test TEST_ARGS="-x tests/test_project.py"
-#   NOTEBOOK_WORKERS  notebooks tested at once:                  make test NOTEBOOK_WORKERS=1
+#   NOTEBOOK_WORKERS  processes that test at once (2):           make test NOTEBOOK_WORKERS=1
 #   NBS               notebooks or folders to execute:           make notebooks NBS=nbs/00_lm.ipynb
 PYTHON ?= python3
 NBS ?= nbs

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+WORKERS = int(os.environ.get("NOTEBOOK_WORKERS") or 2)  # pytest itself is one of them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))  # they share the processor's cores
 
 ORDER = {"test_project": 0, "test_wheel": 2, "test_notebooks": 3}  # every other file is 1
 
@@ -16,6 +19,25 @@ ORDER = {"test_project": 0, "test_wheel": 2, "test_notebooks": 3}  # every other
 def pytest_collection_modifyitems(items):
     "The cheap checks of the project first, then the library's tests, the wheel and the notebooks last."
     items.sort(key=lambda item: ORDER.get(item.path.stem, 1))
+
+
+@pytest.fixture(scope="session")
+def runs(request):
+    """The runs of the notebooks that this session collected, under way while pytest does the other tests, which keep one core busy.
+    The last ones, which are the longest, come first: pytest takes those that are left from the other end."""
+    from test_notebooks import run
+
+    wanted = [item.callspec.params["notebook"] for item in request.session.items if item.path.stem == "test_notebooks"]
+    pool = ThreadPoolExecutor(max(1, WORKERS - 1))
+    yield {notebook: pool.submit(run, notebook) for notebook in reversed(wanted)} if WORKERS > 1 else {}
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(autouse=True)
+def notebooks_under_way(request):
+    "They begin after the tests of the project, which want to find its files as they are."
+    if request.node.path.stem != "test_project":
+        request.getfixturevalue("runs")
 
 
 @pytest.fixture
