@@ -54,13 +54,12 @@ def test_every_notebook_has_its_page_in_the_order_of_the_book(site, pages):
 
 
 def test_every_link_leads_somewhere(site, pages):
+    "To a file, and from where the page lies: the site works in any folder of any host, and without a host."
     broken = []
     for name, page in pages.items():
         for url in filter(is_local, page.references + page.loads):
             target, anchor = urlsplit(url).path, unquote(urlsplit(url).fragment)
-            base = site if target.startswith("/") else (site / name).parent
-            path = (base / unquote(target).lstrip("/")).resolve() if target else site / name
-            path = path / "index.html" if path.is_dir() else path
+            path = ((site / name).parent / unquote(target)).resolve() if target else site / name
             other = pages.get(path.relative_to(site).as_posix()) if path.is_relative_to(site) else None
             if not path.is_file() or (anchor and other and anchor not in other.anchors):
                 broken.append((name, url))

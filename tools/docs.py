@@ -167,7 +167,8 @@ def on_files(files, config):
     pages |= {Path(name).with_suffix(".md").name: show_document(name) for name in DOCUMENTS} | {"names.md": show_names()}
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
-    files.append(File.generated(config, "assets/docs.css", abs_src_path=str(ROOT / "tools" / "docs.css")))
+    for name in ("docs.css", "iframe-worker.js"):
+        files.append(File.generated(config, f"assets/{name}", abs_src_path=str(ROOT / "tools" / name)))
     placed = {}
     for section, patterns in SECTIONS.items():
         for path in [path for pattern in patterns for path in sorted(NBS.glob(pattern))]:
@@ -192,6 +193,11 @@ def on_page_content(content, page, **_):
 
 def on_post_page(output, **_):
     return output.replace('data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"')
+
+
+def on_post_template(output, template_name, **_):
+    "The page for what is not there: its links, from the root of a host, become relative, as the site may lie anywhere."
+    return re.sub(r'((?:href|src|"base"|"search")(?:=|: )")/(?!/)', r"\1./", output) if template_name == "404.html" else output
 
 
 def equation(match):
