@@ -56,6 +56,9 @@ def _legend(ax: Axes, title: str | None = None) -> None: # beside axes that are 
     place = dict(loc="upper left", bbox_to_anchor=(1.02, 1)) if alone else dict(loc="best")
     ax.legend(fontsize=8, title=title, title_fontsize=8, **place)
 
+def _from_zero(ax: Axes) -> None: # the y axis begins at 0 and leaves room above the highest point
+    ax.set_ylim(0, 1.1 * ax.dataLim.y1 if 0 < ax.dataLim.y1 < np.inf else None)
+
 def _ink(background) -> str: # the readable colour on it (WCAG's relative luminance)
     light = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(background)]
     return "black" if np.dot(light, (0.2126, 0.7152, 0.0722)) > 0.179 else "white"
@@ -90,11 +93,13 @@ def plot_fit(
         if target is not None: ax.axhline(target, color=_look(i)["color"], lw=0.8, ls=":")
     if len(fit.labels) > 1: ax.plot(steps, fit.losses.sum(-1), color="black", lw=2, label="sum")
     ax.axvline(fit.step, color=COLORS["grey"], lw=0.8)
-    ax.set(xlabel="step", ylabel="loss (nats)", title=f"Fit: stopped by {fit.stopped}", ylim=(0, None))
+    ax.set(xlabel="step", ylabel="loss (nats)", title=f"Fit: stopped by {fit.stopped}")
+    _from_zero(ax)
     ax.xaxis.get_major_locator().set_params(integer=True)
     norm = ax.twinx()
     norm.plot(steps, fit.norms, color=COLORS["grey"], lw=1.2, ls="--")
-    norm.set(ylabel="norm of the vector (dashed)", ylim=(0, None))
+    norm.set_ylabel("norm of the vector (dashed)")
+    _from_zero(norm)
     norm.spines["top"].set_visible(False)
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
     return ax

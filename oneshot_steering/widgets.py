@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from .evaluate import Intervention
 from .lm import LM, _Sampler
 from .objective import Example, Terms
 from .optimize import Fit, optimize
-from .plot import COLORS, plot_fit
+from .plot import COLORS, _from_zero, plot_fit
 from .steering import Steering, Steerings, as_steerings, atomic_write
 
 # %% auto #0
@@ -154,11 +155,13 @@ _STYLE = f"""
 .oneshot-text b{{display:block}}
 .oneshot-text span{{border-radius:2px}}
 {_TINTS}
-.oneshot-scale{{position:relative;height:2.6em;font-size:12px}}
-.oneshot-scale i{{position:absolute;font-style:normal;transform:translateX(-50%);white-space:nowrap}}
+.oneshot-scale{{position:relative;height:1.9em;font-size:12px;line-height:1.2}}
+.oneshot-scale:has(.mark){{height:4em}}
+.oneshot-scale :is(i,b){{position:absolute;font-style:normal;transform:translateX(-50%);white-space:nowrap}}
 .oneshot-scale i::before{{content:"";display:block;width:1px;height:5px;margin:auto;background:currentColor}}
-.oneshot-scale i.mark{{top:1.25em;font-weight:bold}}
-.oneshot-scale i.mark::before{{content:"\\25B2";width:auto;height:auto;background:none;display:inline}}
+.oneshot-scale .mark{{top:1.7em}}
+.oneshot-scale i.mark::before{{content:"\\25B2";width:auto;height:auto;background:none}}
+.oneshot-scale b{{top:2.8em}}
 .oneshot-error [role=alert]{{border:2px solid {COLORS["orange"]}}}
 """
 
@@ -341,8 +344,10 @@ def _scale(low: float, high: float, calibrated: float | None, place: Callable[[f
     place = place or (lambda c: (c - low) / (high - low))
     inside = lambda c: c is not None and low <= c <= high
     ends = [f'<i style="left:{100 * place(c):.4g}%">{c:g}</i>' for c in dict.fromkeys((low, 0.0, high)) if inside(c)]
-    mark = f'<i class=mark style="left:{100 * place(calibrated):.4g}%">calibrated {calibrated:.3g}</i>' if inside(calibrated) else ""
-    return f'<div class="oneshot-scale" aria-hidden="true">{"".join(ends)}{mark}</div>'
+    if inside(calibrated):
+        at = f"{100 * place(calibrated):.4g}%" # the words hang on their mark so that they end where the scale ends
+        ends += [f'<i class=mark style="left:{at}"></i><b style="left:{at};transform:translateX(-{at})">calibrated {calibrated:.3g}</b>']
+    return f'<div class="oneshot-scale" aria-hidden="true">{"".join(ends)}</div>'
 
 # %% ../nbs/15_widgets.ipynb #ce6c9984
 def _dial_control(dial: Dial, strengths: Sequence[float]) -> str:
@@ -459,12 +464,12 @@ def _called(widget, *classes: str):
     for name in classes: widget.add_class(f"oneshot-{name}")
     return widget
 
-_LABEL = "120px" # wide
+_LABEL, _NARROW = 144, "250px" # wide: a label in pixels, a control of a number with its label
 
 def _control(kind, name: str, description: str, width: str = "auto", **options):
     "A control with its class and label."
     layout = _ipywidgets().Layout(width=width, max_width="100%")
-    return _called(kind(description=description, layout=layout, style=dict(description_width=_LABEL), **options), name)
+    return _called(kind(description=description, layout=layout, style=dict(description_width=f"{_LABEL}px"), **options), name)
 
 def _framed(name: str, *children):
     "The outermost box of an app, with the style and the script that it needs."
@@ -520,7 +525,8 @@ def _plot_visits(
         ax.set(ylabel=label)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-    axes[-1].set(xlabel=f"strength of {dial.name}", ylim=(0, None))
+    axes[-1].set_xlabel(f"strength of {dial.name}")
+    _from_zero(axes[-1])
     return figure
 
 # %% ../nbs/15_widgets.ipynb #50b34b12
@@ -578,11 +584,11 @@ class SliderApp:
 @patch
 def _dial_row(self: SliderApp, dial: Dial):
     "A slider with its marks, and where the vector allows it, a choice of layer and mode."
-    W, start = _ipywidgets(), dial.calibrated if dial.calibrated is not None else 1.0
-    slider = _control(W.FloatSlider, "strength", dial.name, "480px", value=start, min=-self.most, max=self.most, step=self.most / 40,
+    W, start, width = _ipywidgets(), dial.calibrated if dial.calibrated is not None else 1.0, f"{_LABEL + 360}px"
+    slider = _control(W.FloatSlider, "strength", dial.name, width, value=start, min=-self.most, max=self.most, step=self.most / 40,
                       readout_format=".2f")
-    marks = f'<div class="oneshot-card" style="padding:0 82px 0 134px">{_scale(-self.most, self.most, dial.calibrated)}</div>'
-    scale = W.HTML(marks, layout=W.Layout(width="480px", max_width="100%")) # as wide as the slider; the padding is its label and read-out
+    marks = f'<div class="oneshot-card" style="padding:0 82px 0 {_LABEL + 14}px">{_scale(-self.most, self.most, dial.calibrated)}</div>'
+    scale = W.HTML(marks, layout=W.Layout(width=width, max_width="100%")) # as wide as the slider; the padding is its label and read-out
     layer = mode = None
     if dial.layer is not None:
         layer = _control(W.Dropdown, "layer", "layer", "150px", options=range(self.lm.n_layers), value=self.lm.check_layer(dial.layer))
@@ -603,8 +609,8 @@ def _build(self: SliderApp, prompts: list[str], tokens: int, temperature: float)
     rows = [self._dial_row(dial) for dial in self.dials]
     self.picker = _control(W.Dropdown, "picker", "prompts", options=[(f"{i + 1}. {_clipped(p)}", p) for i, p in enumerate(prompts)])
     self.prompt = _control(W.Textarea, "prompt", "prompt", value=prompts[0], rows=3)
-    self.temperature = _control(W.BoundedFloatText, "temperature", "temperature", "230px", value=temperature, min=0.0, max=5.0, step=0.1)
-    self.length = _control(W.BoundedIntText, "length", "tokens at most", "230px", value=tokens, min=1, max=1000)
+    self.temperature = _control(W.BoundedFloatText, "temperature", "temperature", _NARROW, value=temperature, min=0.0, max=5.0, step=0.1)
+    self.length = _control(W.BoundedIntText, "length", "tokens at most", _NARROW, value=tokens, min=1, max=1000)
     self.panes = [_called(W.HTML(_pane(name, ())), name) for name in ("unsteered", "steered")]
     self.alert, self.status, self.plot = (_called(W.HTML(), name) for name in ("error", "status", "plot"))
     self.closing = _called(W.Button(description="Close", tooltip="end this app and free what it holds"), "close")
@@ -742,7 +748,7 @@ class _Order:
     promote: tuple[str, ...]
     suppress: tuple[str, ...]
     layer: int
-    norm: float # |v| at most; 0: half the stream's
+    norm: float # |v| at most; 0: half the stream's median norm at the layer
     steps: int
 
 class OptimizerPanel:
@@ -753,8 +759,11 @@ class OptimizerPanel:
         self.slider: SliderApp | None = None # to drag it
         self.error: Exception | None = None
         self._halt, self._run = threading.Event(), 0
+        self._streams, self._offered = {}, 0.0 # the stream's norm by layer; the norm that the form filled in itself
         self._build(form, str(path))
         self.worker: Newest | None = Newest(self._work, self._failed)
+        self.measurer: Newest | None = Newest(partial(self._measure, twin(lm)), self._failed)
+        self.measure()
 
     def order(self) -> _Order:
         "What the form says."
@@ -765,6 +774,9 @@ class OptimizerPanel:
         "Begin with what the form says; what is under way is given up."
         self._halt.clear()
         self._run = self.worker.ask(self.order())
+    def measure(self, change: object = None) -> None:
+        "Have the form say what dose its norm is at its layer."
+        if self.measurer is not None: self.measurer.ask(self.layer.value)
     def stop(self, button: object = None) -> None:
         "End within a step, and keep the best vector so far."
         self._halt.set()
@@ -779,7 +791,8 @@ class OptimizerPanel:
 
     def wait(self, timeout: float | None = 120.0) -> bool: # False if it is still at work
         "Wait until nothing is under way."
-        return self.worker is None or (self.worker.wait(timeout) and (self.slider is None or self.slider.wait(timeout)))
+        if self.worker is None: return True
+        return self.measurer.wait(timeout) and self.worker.wait(timeout) and (self.slider is None or self.slider.wait(timeout))
 
     def _say(self, error: Exception | None, says: str, run: int, state: str) -> None:
         self.error, self.alert.value, self.status.value = error, _alert(error), _status(says, run, state)
@@ -795,23 +808,35 @@ def _build(self: OptimizerPanel, form: _Order, path: str) -> None:
     "Make the widgets and listen to them."
     W, last = _ipywidgets(), self.lm.n_layers - 1
     self.prompt = _control(W.Textarea, "example", "prompt", value=form.prompt, rows=3)
-    lines = lambda name, given: _control(W.Textarea, name, name, placeholder="one completion a line", value="\n".join(given), rows=2)
+    lines = lambda name, given: _control(W.Textarea, name, f"{name}, one a line", placeholder="one completion a line", rows=2,
+                                         value="\n".join(given))
     self.promote, self.suppress = lines("promote", form.promote), lines("suppress", form.suppress)
-    self.layer = _control(W.BoundedIntText, "fit-layer", f"layer (0 to {last})", "230px", value=form.layer, min=0, max=last)
-    self.norm = _control(W.BoundedFloatText, "norm", "norm at most", "230px", value=form.norm, min=0.0, max=1e6)
-    self.steps = _control(W.BoundedIntText, "steps", "steps", "230px", value=form.steps, min=1, max=10_000)
+    self.layer = _control(W.BoundedIntText, "fit-layer", f"layer (0 to {last})", _NARROW, value=form.layer, min=0, max=last)
+    self.norm = _control(W.BoundedFloatText, "norm", "norm at most", _NARROW, value=form.norm, min=0.0, max=1e6)
+    self.steps = _control(W.BoundedIntText, "steps", "steps", _NARROW, value=form.steps, min=1, max=10_000)
     clicks = dict(Optimise=self.optimise, Stop=self.stop, Save=self.save, Close=lambda button: self.close())
     made = {label: _called(W.Button(description=label), label.lower()) for label in clicks}
     for label, click in clicks.items(): made[label].on_click(click)
     self.path = _control(W.Text, "path", "file", value=path)
-    self.alert, self.status, self.plot = (_called(W.HTML(), f"fit-{name}") for name in ("error", "status", "plot"))
+    self.dose, self.alert, self.status, self.plot = (_called(W.HTML(), f"fit-{name}") for name in ("dose", "error", "status", "plot"))
     self.alert.add_class("oneshot-error")
-    self.status.value = _status("norm 0: half the stream's median norm at the layer", 0, "idle")
+    self.status.value = _status("nothing optimised yet", 0, "idle")
+    for control in (self.layer, self.norm): control.observe(self.measure, "value")
     self.result = _called(W.VBox(), "result")
     row = lambda *children: W.HBox(children, layout=W.Layout(flex_flow="row wrap"))
-    self.box = _framed("panel", self.prompt, self.promote, self.suppress, row(self.layer, self.norm, self.steps),
+    self.box = _framed("panel", self.prompt, self.promote, self.suppress, row(self.layer, self.norm, self.steps), self.dose,
                        row(made["Optimise"], made["Stop"], made["Close"]), self.alert, self.status, self.plot,
                        row(self.path, made["Save"]), self.result)
+
+@patch
+def _measure(self: OptimizerPanel, lm: LM, layer: int, turn: _Turn) -> None:
+    "Fill in half the stream's norm where nobody chose a norm, and say what dose the norm is."
+    if layer not in self._streams: self._streams[layer] = lm.stream_norm(layer)
+    if turn.over: return
+    stream = self._streams[layer]
+    if self.norm.value in (0.0, self._offered): self._offered = self.norm.value = float(f"{stream / 2:.3g}")
+    says = f"norm {self.norm.value:g}: dose {self.norm.value / stream:.2g}, the stream's median norm at layer {layer} being {stream:.3g}"
+    self.dose.value = f'<div class="oneshot-card">{says}</div>'
 
 @patch
 def _work(self: OptimizerPanel, order: _Order, turn: _Turn) -> None:
@@ -858,10 +883,10 @@ def _give(self: OptimizerPanel, order: _Order) -> None:
 def close(self: OptimizerPanel) -> None:
     "End the thread and the slider, remove the widgets, let go of the model. The last result stays in `fit`."
     if self.worker is None: return
-    self.worker.close()
+    for thread in (self.worker, self.measurer): thread.close()
     if self.slider is not None: self.slider.close()
     _discard(self.box)
-    self.worker = self.lm = self.slider = None
+    self.worker = self.measurer = self.lm = self.slider = None
 
 def optimizer_panel(
     lm: LM, # the model; call this outside `lm.steer`

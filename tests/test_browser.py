@@ -26,7 +26,7 @@ from oneshot_steering.steering import Steering
 from oneshot_steering.widgets import steering_figure
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
-TUTORIAL = Path(__file__).parent.parent / "nbs" / "tutorials" / "slider.ipynb"
+TUTORIALS = Path(__file__).parent.parent / "nbs" / "tutorials"
 FLAGS = [f"--{flag}" for flag in ("no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-background-networking")]
 LAB = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.port_retries=0",
        "--LabApp.expose_app_in_browser=True"]  # fmt: skip
@@ -47,13 +47,13 @@ PANEL = """
 panel = optimizer_panel(lm, prompt="The quick brown", promote=" fox", suppress=" dog", layer=1, steps=2000, path="found.safetensors")
 panel
 """
-EMBEDDED = """
-import torch
-from oneshot_steering.all import *
+SMALL = """
+# Put in by the tests: the whole quickstart on few scenarios and two norms.
+import oneshot_steering.cli as cli
 
-lm = load_lm()
-torch.manual_seed(0)
-steering_slider(lm, dict(some=Steering(20 * torch.nn.functional.normalize(torch.randn(lm.d_model), dim=0), 12)), "The weather in London is")
+few = lambda split, n, *args, **kwargs: some(split, min(n, 5), *args, **kwargs)
+some, cli.make_scenarios, make_scenarios = make_scenarios, few, few
+for name, value in dict(norms=(FLIP_DEMO.norms[0], FLIP_DEMO.best), steps=12).items(): object.__setattr__(FLIP_DEMO, name, value)
 """
 
 
@@ -208,11 +208,15 @@ def serious(page, within=None):
 @pytest.fixture(scope="module")
 def jupyter(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jupyter")
-    for name, cells in {"slider": [SLIDER, PANEL], "embedded": [EMBEDDED]}.items():
-        nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in cells])
-        nb.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(nb, folder / f"{name}.ipynb")
-    shutil.copy(TUTORIAL, folder / "tutorial.ipynb")
+    cell = lambda source: nbformat.v4.new_code_cell(source.strip())
+    slider = nbformat.v4.new_notebook(cells=[cell(SLIDER), cell(PANEL)])
+    slider.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(slider, folder / "slider.ipynb")
+    shutil.copy(TUTORIALS / "slider.ipynb", folder / "tutorial.ipynb")
+    quickstart = nbformat.read(TUTORIALS / "quickstart.ipynb", as_version=4)
+    imports = next(i for i, one in enumerate(quickstart.cells) if one.cell_type == "code")
+    quickstart.cells.insert(imports + 1, cell(SMALL))
+    nbformat.write(quickstart, folder / "quickstart.ipynb")
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension"
     quiet.mkdir(parents=True)
     (quiet / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
@@ -343,25 +347,21 @@ def test_lab_reload(lab):
     assert lab.elsewhere == []
 
 
-def test_lab_tutorial(browser, jupyter):
-    "The tutorial of the sliders, as a person meets it: run everything, take the handle."
-    page = opened(browser, jupyter, "tutorial")
+def ran(browser, jupyter, notebook, minutes):
+    "A notebook as a person meets it: opened, everything run, nothing on stderr."
+    page = opened(browser, jupyter, notebook)
     run_all(page)
-    page.wait_for_function("window.ran", timeout=3 * WAIT)
+    page.wait_for_function("window.ran", timeout=minutes * WAIT)
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     assert page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+    return page
+
+
+def test_lab_tutorial(browser, jupyter, record_property):
+    "The tutorial of the sliders: take the handle; how long is it from a key to the first token of the new text?"
+    page = ran(browser, jupyter, "tutorial", minutes=5)
     check_keyboard(page)
     picture(page, "tutorial")
-    page.context.close()
-
-
-def test_lab_embedded_model_answers_a_drag(browser, jupyter, record_property):
-    "With the embedded model: how long from a key to the first token of the new text."
-    page = opened(browser, jupyter, "embedded")
-    run_all(page)
-    page.wait_for_selector(".oneshot-steered .oneshot-text")
-    text = settled(page)
-    handle(page).focus()
     watch = """run => { window.answered = new Promise((done, failed) => {
         const began = performance.now(), look = () => {
             const pane = document.querySelector('.oneshot-steered .oneshot-text');
@@ -375,10 +375,18 @@ def test_lab_embedded_model_answers_a_drag(browser, jupyter, record_property):
         page.keyboard.press("ArrowLeft")
         times.append(page.evaluate("window.answered") / 1000)
         settled(page)
-    picture(page, "embedded")
     (ARTIFACTS / "latency.txt").write_text("".join(f"{seconds:.2f} s from key to first token\n" for seconds in times))
     record_property("seconds to the first token", times)
-    assert steered(page).inner_text() != text
+    page.context.close()
+
+
+def test_lab_quickstart(browser, jupyter):
+    "The quickstart, with fewer scenarios: its tables and pictures come out."
+    page = ran(browser, jupyter, "quickstart", minutes=10)
+    cells = nbformat.read(TUTORIALS / "quickstart.ipynb", as_version=4).cells
+    pictures = sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+    expect(page.locator(".jp-OutputArea-output img")).to_have_count(pictures)
+    picture(page, "quickstart")
     page.context.close()
 
 
@@ -446,7 +454,7 @@ def still(request, browser):
     return watched(browser, color_scheme=request.param)
 
 
-SAMPLE = ["index.html", "02_objective.html", "names.html", "studies/alignment_faking.html"]
+SAMPLE = ["index.html", "02_objective.html", "names.html", "studies/selection.html"]
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -460,9 +468,10 @@ def test_site_page(still, address, name):
     assert problems == [] and still.elsewhere == []
 
 
-def test_site_search(still, address):
-    still.goto(f"{address}/index.html")
-    still.locator("input[name=query]").fill("coldness")
+@pytest.mark.parametrize("where", ["from a server", "as files"])
+def test_site_search(still, address, site, where):
+    still.goto(f"{address if where == 'from a server' else site.as_uri()}/studies/selection.html")
+    still.locator("input[name=query]").press_sequentially("coldness")
     found = still.locator(".md-search-result__link").first
     expect(found).to_be_visible()
     found.click()

@@ -386,6 +386,19 @@ def test_a_fit_can_be_dragged_and_saved(tmp_path):
         assert "Error" in panel.alert.value and panel.error
 
 
+def test_the_form_offers_half_the_streams_norm_until_one_is_typed():
+    lm = tiny_lm()
+    half = lambda layer: pytest.approx(lm.stream_norm(layer) / 2, rel=0.01)
+    with optimizer_panel(lm, prompt="the fox", promote=" dog", layer=1) as panel:
+        assert panel.wait() and panel.norm.value == half(1) and "dose 0.5" in words(panel.dose)
+        panel.layer.value = 3
+        assert panel.wait() and panel.norm.value == half(3) != half(1)
+        panel.norm.value = 2.0
+        panel.layer.value = 1
+        assert panel.wait() and panel.norm.value == 2.0
+        assert words(panel.dose).startswith(f"norm 2: dose {2 / lm.stream_norm(1):.2g}")
+
+
 def test_stop_keeps_the_best_so_far():
     lm = endless_lm()
     gate = Gate(lm)
