@@ -11,7 +11,8 @@ NOTEBOOK_WORKERS ?= 2
 export NOTEBOOK_WORKERS
 
 BIN := .venv/bin
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+# Python compiles a module when it is first imported; pip would compile all of them, and most are never imported.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 # An installation is done again when one of these changes; otherwise its stamp says that it is there.
 SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 
