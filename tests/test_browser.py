@@ -240,7 +240,7 @@ def run_all(page):
 def lab(browser, jupyter):
     page = opened(browser, jupyter, "slider")
     run_all(page)
-    page.wait_for_selector(".oneshot-slider .oneshot-steered .oneshot-text")
+    page.wait_for_selector(".oneshot-slider .oneshot-steered .oneshot-text", timeout=3 * WAIT)  # the kernel imports torch first
     page.wait_for_selector(".oneshot-panel .oneshot-optimise")
     return page
 
