@@ -14,6 +14,7 @@ from oneshot_steering.optimize import *
 from oneshot_steering.organisms import *
 from oneshot_steering.plot import *
 from oneshot_steering.recipes import *
+from oneshot_steering.refuser import *
 from oneshot_steering.retractor import *
 from oneshot_steering.steering import *
 from oneshot_steering.study import *

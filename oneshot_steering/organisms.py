@@ -149,7 +149,7 @@ class Organism:
     @property
     def folder(self) -> Path: return _folder(self.name) # where the package keeps its adapter
 
-ORGANISMS = ("alignment_faker", "retractor", "coder")
+ORGANISMS = ("alignment_faker", "refuser", "retractor", "coder")
 
 def _folder(name: str) -> Path: return Path(oneshot_steering.__file__).parent / "data" / name
 
