@@ -81,7 +81,7 @@ def test_it_runs_at_the_scale_of_the_paper_and_keeps_its_claims(executed):
     claims = pd.read_csv(executed / "claims" / "alignment_faking-paper.csv")
     assert list(claims.columns) == ["claim", "the paper reports", "we measure", "holds"]
     assert len(claims) >= 15 and claims.notna().all(axis=None) and set(claims.holds) <= {"yes", "no", "not comparable"}
-    assert claims.claim[0].startswith("best vector: + on overseen") and claims["the paper reports"][0] == "0.934"
+    assert claims.claim[0].startswith("chosen on validation: + on overseen") and claims["the paper reports"][0] == "0.934"
 
 
 def test_scenarios_with_an_error_are_left_out_and_all_others_used(executed):
@@ -89,7 +89,7 @@ def test_scenarios_with_an_error_are_left_out_and_all_others_used(executed):
 
 
 def test_both_ways_of_counting_flips_are_shown(executed):
-    shown = output(executed, "chosen = table[table.vector == best]")
+    shown = output(executed, "ways = {")
     assert all(column in shown for column in ("flips", "invalid", "any change", "to harmful", "to honest", "paper"))
 
 
