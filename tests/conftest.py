@@ -60,13 +60,13 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_study():
-    "A function that runs a study's notebook at the scale of the paper, with other settings, in a folder; its output is out.ipynb there."
+    "A function that runs a study's notebook at a scale of the paper, with other settings, in a folder; its output is out.ipynb there."
     papermill = pytest.importorskip("papermill")
 
-    def run(study, folder, settings):
+    def run(study, folder, settings, scale="paper"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TQDM_DISABLE", "1")
-            parameters = dict(scale="paper", settings=settings)
+            parameters = dict(scale=scale, settings=settings)
             papermill.execute_notebook(study, folder / "out.ipynb", parameters, cwd=folder, kernel_name="python3", progress_bar=False)
         return folder
 
