@@ -196,6 +196,40 @@ def check_zero(page):
         return text("steered") === text("unsteered") }""")
 
 
+def check_mid_stream(page):
+    "A newer value ends the text that is being written: the text goes on under the newer run only."
+    settled(page)
+    first = run_of(page)
+    handle(page).focus()
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_function("run => +document.querySelector('.oneshot-slider .oneshot-steered .oneshot-text')?.dataset.run > run", arg=first)
+    running = page.locator(".oneshot-slider .oneshot-status [data-state]").first.get_attribute("data-state")
+    for _ in range(3):
+        page.keyboard.press("ArrowLeft")
+    assert running == "running", "the text was written to its end before it could be changed"
+    settled(page)
+    assert int(steered(page).get_attribute("data-run")) == run_of(page) > first + 1
+
+
+def check_prompt(page):
+    text = settled(page)
+    page.locator(".oneshot-prompt textarea").first.fill("Dogs and cats")
+    expect(steered(page)).not_to_have_text(text)
+    text = settled(page)
+    page.locator(".oneshot-picker select").first.select_option(index=1)
+    expect(page.locator(".oneshot-prompt textarea").first).to_have_value("Once upon a time")
+    expect(steered(page)).not_to_have_text(text)
+
+
+def check_error(page):
+    page.locator(".oneshot-prompt textarea").first.fill("")
+    error = page.locator(".oneshot-slider .oneshot-error [role=alert]")
+    expect(error).to_contain_text(re.compile("prompt", re.IGNORECASE))
+    page.locator(".oneshot-prompt textarea").first.fill("The quick brown")
+    expect(error).to_have_count(0)
+    assert settled(page)
+
+
 def serious(page, within=None):
     "What axe-core finds seriously wrong, in our own elements or in the whole page: (rule, help, elements)."
     found = Axe().run(page, context={"include": [[within]]} if within else None).response["violations"]
@@ -280,37 +314,15 @@ def test_lab_marks_lie_under_the_handle(lab):
 
 
 def test_lab_change_in_mid_stream(lab):
-    "A newer value ends the text that is being written: the text goes on under the newer run only."
-    settled(lab)
-    first = run_of(lab)
-    handle(lab).focus()
-    lab.keyboard.press("ArrowLeft")
-    lab.wait_for_function("run => +document.querySelector('.oneshot-slider .oneshot-steered .oneshot-text')?.dataset.run > run", arg=first)
-    running = lab.locator(".oneshot-slider .oneshot-status [data-state]").first.get_attribute("data-state")
-    for _ in range(3):
-        lab.keyboard.press("ArrowLeft")
-    assert running == "running", "the text was written to its end before it could be changed"
-    settled(lab)
-    assert int(steered(lab).get_attribute("data-run")) == run_of(lab) > first + 1
+    check_mid_stream(lab)
 
 
 def test_lab_type_a_prompt_and_pick_one(lab):
-    text = settled(lab)
-    lab.locator(".oneshot-prompt textarea").first.fill("Dogs and cats")
-    expect(steered(lab)).not_to_have_text(text)
-    text = settled(lab)
-    lab.locator(".oneshot-picker select").first.select_option(index=1)
-    expect(lab.locator(".oneshot-prompt textarea").first).to_have_value("Once upon a time")
-    expect(steered(lab)).not_to_have_text(text)
+    check_prompt(lab)
 
 
 def test_lab_error_and_recovery(lab):
-    lab.locator(".oneshot-prompt textarea").first.fill("")
-    error = lab.locator(".oneshot-slider .oneshot-error [role=alert]")
-    expect(error).to_contain_text(re.compile("prompt", re.IGNORECASE))
-    lab.locator(".oneshot-prompt textarea").first.fill("The quick brown")
-    expect(error).to_have_count(0)
-    assert settled(lab)
+    check_error(lab)
     assert lab.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
 
 
@@ -407,6 +419,7 @@ def dashboard(browser, tmp_path_factory):
     Steering(3 * torch.randn(lm.d_model), 2).save(folder / "hot.safetensors")
     port = free_port()
     command = [Path(sys.executable).with_name("oneshot-steering"), "app", "--model", "tiny", "--vector", "hot.safetensors"]
+    command += ["--prompt", "The quick brown", "--prompt", "Once upon a time"]
     for address in served([*command, "--port", str(port), "--no-browser"], f"http://127.0.0.1:{port}/voila/static/voila.js", folder):
         page = watched(browser)
         forget(page)
@@ -421,6 +434,20 @@ def test_dashboard(dashboard):
     check_keyboard(dashboard)
     check_zero(dashboard)
     assert dashboard.elsewhere == []
+
+
+def test_dashboard_change_in_mid_stream(dashboard):
+    dashboard.locator(".oneshot-length input").fill("300")  # long enough to be changed on the way
+    dashboard.keyboard.press("Enter")
+    check_mid_stream(dashboard)
+
+
+def test_dashboard_type_a_prompt_and_pick_one(dashboard):
+    check_prompt(dashboard)
+
+
+def test_dashboard_error_and_recovery(dashboard):
+    check_error(dashboard)
 
 
 def test_dashboard_is_accessible(dashboard):
