@@ -740,7 +740,7 @@ def steering_slider(
     most = max([most, *(abs(dial.calibrated) for dial in turned if dial.calibrated is not None)])
     return SliderApp(lm, turned, asked, score, most, max_new_tokens, temperature, seed, chat)
 
-# %% ../nbs/15_widgets.ipynb #db48d629
+# %% ../nbs/15_widgets.ipynb #5a0c71e1
 @dataclass(frozen=True)
 class _Order:
     "What the form of a panel says."
@@ -751,6 +751,7 @@ class _Order:
     norm: float # |v| at most; 0: half the stream's median norm at the layer
     steps: int
 
+# %% ../nbs/15_widgets.ipynb #db48d629
 class OptimizerPanel:
     "The app that `optimizer_panel` makes."
     def __init__(self, lm: LM, form: _Order, try_on: Sequence[str] = (), path: str | Path = "steering.safetensors", **settings):
@@ -828,6 +829,7 @@ def _build(self: OptimizerPanel, form: _Order, path: str) -> None:
                        row(made["Optimise"], made["Stop"], made["Close"]), self.alert, self.status, self.plot,
                        row(self.path, made["Save"]), self.result)
 
+# %% ../nbs/15_widgets.ipynb #5a0c71e3
 @patch
 def _measure(self: OptimizerPanel, lm: LM, layer: int, turn: _Turn) -> None:
     "Fill in half the stream's norm where nobody chose a norm, and say what dose the norm is."
