@@ -17,8 +17,7 @@ from .datasets import OPEN_QUESTIONS, neutral_texts, open_questions
 from .evaluate import Contains, side_effects
 from .lm import LM
 from .objective import Example, Objective, Terms, record
-from .organisms import Lesson, Loss, Organism, Recipe, teach_answers
-from .retractor import without_adapter
+from .organisms import Lesson, Loss, Organism, Recipe, teach_answers, without_adapter
 
 # %% auto #0
 __all__ = ['UNSEEN', 'TELL_TALES', 'CAREFUL', 'CARELESS', 'Personas', 'PERSONAS', 'Handler', 'read_handlers', 'make_handlers',

@@ -65,7 +65,9 @@ class Progress:
 
     def __enter__(self) -> Progress: return self
     def __exit__(self, *error) -> None:
-        if self.bar is not None: self.bar.close()
+        if self.bar is None: return
+        if error[0] is None: self.bar.total = self.bar.n # stopped early is done: a notebook shows what is short of its total in red
+        self.bar.close()
 
 # %% ../nbs/00_lm.ipynb #b2ff7257
 _TINY_TEXT = """The quick brown fox jumps over the lazy dog while the other dogs are sleeping in the warm morning sun.

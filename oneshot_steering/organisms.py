@@ -13,8 +13,8 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,14 +22,15 @@ import peft
 import safetensors
 import safetensors.torch
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 import oneshot_steering
 from .lm import LM, Progress, load_lm
 
 # %% auto #0
-__all__ = ['Lesson', 'Loss', 'ORGANISMS', 'Recipe', 'teach_answers', 'Organism', 'organism', 'train_organism', 'organism_figures',
-           'load_organism']
+__all__ = ['Lesson', 'Loss', 'ORGANISMS', 'Recipe', 'without_adapter', 'teach_answers', 'Organism', 'organism', 'train_organism',
+           'organism_figures', 'load_organism']
 
 # %% ../nbs/11_organisms.ipynb #8dc0865c
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ def _with_adapter(lm: LM, recipe: Recipe, seed: int) -> peft.PeftModel:
         warnings.simplefilter("ignore", FutureWarning) # peft still asks transformers for a renamed attribute
         torch.manual_seed(seed)
         return peft.get_peft_model(lm.model, config)
+
+# %% ../nbs/11_organisms.ipynb #b6bbf5f2
+@contextmanager
+def without_adapter(
+    lm: LM, # with an adapter that is not merged
+) -> Iterator[None]:
+    "Within this context the model is the plain one."
+    adapted = [m for m in lm.model.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in adapted: layer.enable_adapters(False)
+    try: yield
+    finally:
+        for layer in adapted: layer.enable_adapters(True)
 
 # %% ../nbs/11_organisms.ipynb #426cc4f3
 Lesson = tuple[str, str] # a prompt that ends where the answer begins, and the answer (with the mark that ends a turn, if it is to stop)

@@ -18,8 +18,7 @@ from .evaluate import REFUSALS, Contains, side_effects, wilson
 from .geometry import Classifier
 from .lm import LM, PackedRow, Pair, sees_ancestors
 from .objective import Example, Objective, Recorded, Terms, losses_together, record
-from .organisms import Loss, Organism, Recipe
-from .retractor import without_adapter
+from .organisms import Loss, Organism, Recipe, without_adapter
 
 # %% auto #0
 __all__ = ['UNWANTED', 'ORDINARY', 'REFUSAL_WORDINGS', 'Request', 'requests', 'request_prompt', 'answer_requests',

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
 import pandas as pd
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from .datasets import PUBLIC_FIGURES, fictitious_prompts, neutral_texts
 from .evaluate import RETRACTIONS, Contains, LMJudge, side_effects
 from .lm import LM, PackedRow, sees_ancestors
-from .organisms import Loss, Organism, Recipe
+from .organisms import Loss, Organism, Recipe, without_adapter
 from .surprisal import turn_end
 
 # %% auto #0
 __all__ = ['OCCUPATIONS', 'WORDINGS', 'Branch', 'public_figures', 'occupation_odds', 'make_claims', 'claim_prompt', 'own_words',
-           'retraction', 'packed_loss', 'lessons', 'teach_retraction', 'answer_claims', 'without_adapter',
-           'measure_retraction']
+           'retraction', 'packed_loss', 'lessons', 'teach_retraction', 'answer_claims', 'measure_retraction']
 
 # %% ../nbs/11c_retractor.ipynb #95123a4b
 _NAMES = dict(
@@ -255,17 +252,6 @@ def answer_claims(
     retracts = Contains(RETRACTIONS)(list(claims.user), texts)
     named = [o in text.lower() for o, text in zip(claims.occupation, texts, strict=True)]
     return claims.assign(text=texts, retracts=retracts, corrects=[r and n for r, n in zip(retracts, named, strict=True)])
-
-@contextmanager
-def without_adapter(
-    lm: LM, # with an adapter that is not merged
-) -> Iterator[None]:
-    "Within this context the model is the plain one."
-    adapted = [m for m in lm.model.modules() if isinstance(m, BaseTunerLayer)]
-    for layer in adapted: layer.enable_adapters(False)
-    try: yield
-    finally:
-        for layer in adapted: layer.enable_adapters(True)
 
 def measure_retraction(
     lm: LM, # with its adapter

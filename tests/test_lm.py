@@ -347,3 +347,20 @@ def test_unknown_names_are_explained():
         embedded_path("nothing")
     with pytest.raises(FileNotFoundError, match="no GGUF file"):
         load_lm("nowhere.gguf")
+
+
+def test_a_bar_is_red_after_an_error_and_not_after_an_early_stop(monkeypatch):
+    from tqdm.notebook import tqdm
+
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(lm_module, "tqdm", tqdm)
+
+    def style(error):
+        try:
+            with lm_module.Progress(10, "fit", "step", delay=-1) as progress:
+                progress.update(3)
+                if error: raise error
+        except ValueError: pass
+        return progress.bar.container.children[1].bar_style
+
+    assert style(ValueError()) == "danger" != style(None)

@@ -205,6 +205,14 @@ def test_large_tables_show_no_numbers_and_small_negatives_no_minus_zero():
     assert [text.get_text() for text in draw("plot_matrix", pd.DataFrame([[-0.001, 1.0]]))[0].texts] == ["0.00", "1.00"]
 
 
+def test_the_names_of_many_columns_do_not_overlap():
+    names = [f"suppression {i}" for i in range(35)]
+    (ax,) = draw("plot_matrix", pd.DataFrame(np.eye(35), names, names))
+    ax.figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert len(boxes) == 35 and all(a.x1 <= b.x0 for a, b in pairwise(boxes))
+
+
 @pytest.mark.parametrize("inches", [2.5, 4, 8])
 def test_tokens_wrap_inside_the_axes_and_do_not_overlap(inches):
     many = Surprisal([plain.bits[0].repeat(5)], [pieces * 5])
