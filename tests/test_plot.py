@@ -142,7 +142,7 @@ def test_figures_are_white_and_opaque_and_stay_open(name):
 def test_an_empty_table_and_a_missing_column_are_refused(name):
     table = TABLES[name][0]
     with pytest.raises(ValueError, match="nothing to draw"):
-        draw(name, table[:0])
+        draw(name, table.head(0))
     if name != "plot_matrix":
         with pytest.raises(ValueError, match=r"no column .*; it has "):
             draw(name, table.rename(columns=lambda c: f"another {c}").rename_axis(index=lambda c: f"another {c}"))
@@ -153,7 +153,7 @@ def test_an_empty_table_and_a_missing_column_are_refused(name):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_row_and_what_is_missing_are_drawn(name, rows):
     table = TABLES[name][0]
-    draw(name, table[:rows])
+    draw(name, table.head(rows))
     numbers = table.select_dtypes("number").columns.difference(["layer", "vector"])
     draw(name, table.assign(**dict.fromkeys(numbers, nan)))[0].figure.canvas.draw()
 
