@@ -78,9 +78,10 @@ def _spread(part: pd.DataFrame, value: str) -> np.ndarray | None: # [2, rows] di
     return None
 
 def _label_x(ax: Axes, names: Sequence, most: int = 44) -> None: # slanted if too long for one line, upright if there are many
-    turned = dict(rotation=30) if len(names) <= 12 else dict(rotation=90, va="center")
-    turned = dict(ha="right", rotation_mode="anchor") | turned if sum(len(str(n)) + 2 for n in names) > most else {}
-    ax.set_xticks(range(len(names)), [str(n) for n in names], **turned)
+    labels = [str(n) for n in names]
+    turned = dict(rotation=30) if len(labels) <= 12 else dict(rotation=90, va="center")
+    too_long = sum(len(label) + 2 for label in labels) > most
+    ax.set_xticks(range(len(labels)), labels, **(dict(ha="right", rotation_mode="anchor") | turned if too_long else {}))
 
 # %% ../nbs/14_plot.ipynb #97396f70
 def plot_fit(
