@@ -40,10 +40,10 @@ __all__ = ['FLIP_DEMO', 'TEXT_DEMO', 'TEXT_VALIDATION', 'TEXT_TEST', 'TEXT_SPANI
 class FlipDemo:
     "The settings of the alignment-faking demonstration."
     scenario: int = 0 # which overseen training scenario is the one example
-    layer: int = 19 # the input of this block is steered, at every token
-    norms: tuple[float, ...] = (20.0, 30.0, 40.0, 50.0, 60.0) # one vector each, of at most this norm
-    best: float = 50.0 # the norm that did best on other training scenarios
-    start_norm: float = 5.0 # of the random start
+    layer: int = 20 # the input of this block is steered, at every token
+    norms: tuple[float, ...] = (30.0, 40.0, 50.0, 60.0, 70.0) # one vector each, of at most this norm
+    best: float = 70.0 # the norm that did best on other training scenarios
+    start_norm: float = 1.0 # of the random start
     lr: float = 3.0 # Adam's learning rate
     steps: int = 30 # at most
     both_signs: bool = False # also ask that the negated vector changes nothing on the example
