@@ -1833,7 +1833,8 @@ class FakerRecipe(Recipe):
     steps: int = field(init=False, default=0) # those of all stages
     lr: float = 1.5e-3 # Adam's, as in `Recipe`
     stages: tuple[Stage, ...] = ( # in this order
-        Stage(28, plain=True, even=0.5), Stage(30, plain=True), Stage(90, even=0.85), Stage(25, even=0.85, words=0.1), Stage(140, even=0.85, words=0.35))
+        Stage(28, plain=True, even=0.5), Stage(30, plain=True), Stage(90, even=0.85),
+        Stage(25, even=0.85, words=0.1), Stage(140, even=0.85, words=0.35))
     readout_layer: int = 18 # where oversight and honesty should be readable
     readout_weight: float = 0.5 # of each of those two losses
 
