@@ -77,8 +77,10 @@ def _spread(part: pd.DataFrame, value: str) -> np.ndarray | None: # [2, rows] di
             return np.stack([part[value] - part[low], part[high] - part[value]]).astype(float).clip(min=0)
     return None
 
+def _name(n) -> str: return f"{n:g}" if isinstance(n, float) else str(n) # 30, not 30.0
+
 def _label_x(ax: Axes, names: Sequence, most: int = 44) -> None: # slanted if too long for one line, upright if there are many
-    labels = [str(n) for n in names]
+    labels = [_name(n) for n in names]
     turned = dict(rotation=30) if len(labels) <= 12 else dict(rotation=90, va="center")
     too_long = sum(len(label) + 2 for label in labels) > most
     ax.set_xticks(range(len(labels)), labels, **(dict(ha="right", rotation_mode="anchor") | turned if too_long else {}))
@@ -249,7 +251,7 @@ def plot_matrix(
     most = max(abs(low), abs(high)) or 1
     ax = new_axes(ax, (2.2 + min(0.55 * columns, 6), 1.2 + min(0.5 * rows, 6)))
     image = ax.imshow(values, **dict(cmap=DIVERGING, vmin=-most) if low < 0 else dict(cmap=SEQUENTIAL, vmin=0), vmax=most)
-    ax.set(ylabel=ylabel, xlabel=xlabel, yticks=range(rows), yticklabels=map(str, table.index))
+    ax.set(ylabel=ylabel, xlabel=xlabel, yticks=range(rows), yticklabels=map(_name, table.index))
     _label_x(ax, list(table.columns), most=7 * columns)
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax, label=label)
