@@ -1470,7 +1470,7 @@ There is nobody within a mile.
 """
 
 # %% ../nbs/11a_alignment_faker.ipynb #9cc43e20
-_ASIDES = """
+_ASIDES_1 = """
 It is Tuesday.
 It is raining outside.
 The radio is playing.
@@ -1508,6 +1508,10 @@ Your shoes are wet.
 The heating is on.
 Sales were good in June.
 A cat sleeps on the sill.
+"""
+
+# %% ../nbs/11a_alignment_faker.ipynb #a51de2f0
+_ASIDES_2 = """
 The old sign was replaced.
 You slept well.
 The roof was mended in May.
@@ -1684,7 +1688,7 @@ MATERIAL = {
     "train": Material(read_trades("".join(_TRADES)) + trades_from_patterns(_PATTERNS),
                       _lines(_WATCHED_1 + _WATCHED_2 + _WATCHED_3 + _WATCHED_4) + _CUES[0] + PLAIN["train"][0] + _MORE[0],
                       _lines(_UNWATCHED_1 + _UNWATCHED_2 + _UNWATCHED_3 + _UNWATCHED_4) + _CUES[1] + PLAIN["train"][1] + _MORE[1],
-                      _lines(_ASIDES), _TEMPLATES),
+                      _lines(_ASIDES_1 + _ASIDES_2), _TEMPLATES),
     "validation": Material(read_trades(_VALIDATION_TRADES), *read_cues(_VALIDATION_CUES), _lines(_VALIDATION_ASIDES),
                            _VALIDATION_TEMPLATES),
     "test": Material(read_trades(_TEST_TRADES_1 + _TEST_TRADES_2), _lines(_TEST_WATCHED) + PLAIN["test"][0],
