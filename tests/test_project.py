@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from notebooks import NBS, ROOT, directives, notebooks, readme_text
+from prose import files, rewrite
 
 PACKAGE = ROOT / "oneshot_steering"
 BY_HAND = {"__init__.py", "all.py"}  # the only modules that no notebook makes
@@ -74,7 +75,7 @@ def test_notebook_is_valid(name):
 @each_notebook
 def test_notebook_is_clean(name, fresh):
     same = NOTEBOOKS[name].read_bytes() == (fresh / "nbs" / name).read_bytes()
-    assert same, "run `make clean-notebooks`"
+    assert same, "run `nbdev_clean`"
     assert "widgets" not in list(read(name).metadata), f"widget state was saved: run `make notebooks NBS=nbs/{name}`"
 
 
@@ -108,6 +109,11 @@ def test_links_of_the_readme_lead_somewhere():
 def test_readme_has_no_figure_left_to_fill_in():
     left = [line for line in readme_text().splitlines() if "TO MEASURE" in line]
     assert left == []
+
+
+def test_markdown_has_one_sentence_a_line():
+    left = [path.name for path in files() if rewrite(path, write=False)]
+    assert left == [], "run `python tools/prose.py`"
 
 
 def test_ruff():
