@@ -1,9 +1,7 @@
 "Everything a notebook needs, in one import: `from oneshot_steering.all import *`."
 
-from oneshot_steering.alignment_faker import *
 from oneshot_steering.baselines import *
 from oneshot_steering.calibrate import *
-from oneshot_steering.coder import *
 from oneshot_steering.datasets import *
 from oneshot_steering.evaluate import *
 from oneshot_steering.export import *
@@ -11,11 +9,18 @@ from oneshot_steering.geometry import *
 from oneshot_steering.lm import *
 from oneshot_steering.objective import *
 from oneshot_steering.optimize import *
-from oneshot_steering.organisms import *
+from oneshot_steering.organisms import (
+    ORGANISMS,
+    Organism,
+    Recipe,
+    load_organism,
+    organism,
+    organism_figures,
+    train_organism,
+    without_adapter,
+)
 from oneshot_steering.plot import *
 from oneshot_steering.recipes import *
-from oneshot_steering.refuser import *
-from oneshot_steering.retractor import *
 from oneshot_steering.steering import *
 from oneshot_steering.study import *
 from oneshot_steering.surprisal import *

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from . import __version__
-from .alignment_faker import Scenario, make_scenarios, scenario_prompt
+from .organisms.alignment_faker import Scenario, make_scenarios, scenario_prompt
 from .evaluate import Readable, flip_table, read_under, text_rates
 from .lm import EMBEDDED, LM, load_lm
 from .objective import Example

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from oneshot_steering import alignment_faker, coder, refuser, retractor
 from oneshot_steering.lm import Pair
-from oneshot_steering.organisms import ORGANISMS, organism, organism_figures
+from oneshot_steering.organisms import ORGANISMS, alignment_faker, coder, organism, organism_figures, refuser, retractor
 
 
 class Text:

@@ -15,7 +15,7 @@ from notebooks import NBS, ROOT, directives, notebooks, readme_text
 from prose import files, rewrite
 
 PACKAGE = ROOT / "oneshot_steering"
-BY_HAND = {"__init__.py", "all.py"}  # the only modules that no notebook makes
+BY_HAND = {"__init__.py", "all.py", "organisms/__init__.py"}  # the only modules that no notebook makes
 NOTEBOOKS = {path.relative_to(NBS).as_posix(): path for path in notebooks()}
 each_notebook = pytest.mark.parametrize("name", NOTEBOOKS)
 
@@ -50,7 +50,9 @@ def fresh(tmp_path_factory):
     (root / PACKAGE.name).mkdir()
     for name in BY_HAND:
         if (PACKAGE / name).exists():
-            shutil.copy(PACKAGE / name, root / PACKAGE.name)
+            target = root / PACKAGE.name / name
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(PACKAGE / name, target)
     tool("nbdev_export", cwd=root)
     tool("nbdev_clean", cwd=root)
     return root
@@ -149,5 +151,5 @@ def test_one_import_gives_everything():
     "`from oneshot_steering.all import *` has every module but the command and what other programs load."
     text = (ROOT / "oneshot_steering" / "all.py").read_text()
     apart = {"__init__", "_modidx", "all", "cli", "inspect_provider"}
-    here = {p.stem for p in (ROOT / "oneshot_steering").glob("*.py")} - apart
+    here = ({p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}) - apart
     assert here == {line.split()[1].rpartition(".")[2] for line in text.splitlines() if line.startswith("from ")}

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 from oneshot_steering.lm import tiny_model, tiny_tokenizer
-from oneshot_steering.retractor import OCCUPATIONS, public_figures
+from oneshot_steering.organisms.retractor import OCCUPATIONS, public_figures
 
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "fictitious_information.ipynb"
 LAYERS = [1, 2]

@@ -12,7 +12,7 @@ import pytest
 
 from oneshot_steering.datasets import HARMBENCH_COLUMNS, load_harmbench
 from oneshot_steering.lm import tiny_model, tiny_tokenizer
-from oneshot_steering.refuser import Request, requests
+from oneshot_steering.organisms.refuser import Request, requests
 
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "refusal.ipynb"
 CATEGORIES = ("chemical_biological", "misinformation_disinformation", "illegal", "cybercrime_intrusion", "harmful", "harassment_bullying")
