@@ -25,9 +25,9 @@ from .optimize import Fit
 from .surprisal import Surprisal
 
 # %% auto #0
-__all__ = ['COLORS', 'SEQUENTIAL', 'DIVERGING', 'PAPER_FLIPS', 'new_axes', 'plot_fit', 'plot_flips', 'plot_strengths',
-           'plot_text', 'plot_layers', 'plot_success', 'plot_matrix', 'plot_roc', 'plot_judged', 'plot_surprisal',
-           'plot_tokens']
+__all__ = ['COLORS', 'SEQUENTIAL', 'DIVERGING', 'PAPER_FLIPS', 'new_axes', 'y_from_zero', 'plot_fit', 'plot_flips',
+           'plot_strengths', 'plot_text', 'plot_layers', 'plot_success', 'plot_matrix', 'plot_roc', 'plot_judged',
+           'plot_surprisal', 'plot_tokens']
 
 # %% ../nbs/14_plot.ipynb #94f37ab5
 COLORS = dict(blue="#0072B2", orange="#D55E00", green="#009E73", pink="#CC79A7", yellow="#E69F00", sky="#56B4E9", grey="#767676")
@@ -56,7 +56,7 @@ def _legend(ax: Axes, title: str | None = None) -> None: # beside axes that are 
     place = dict(loc="upper left", bbox_to_anchor=(1.02, 1)) if alone else dict(loc="best")
     ax.legend(fontsize=8, title=title, title_fontsize=8, **place)
 
-def _from_zero(ax: Axes) -> None: # the y axis begins at 0 and leaves room above the highest point
+def y_from_zero(ax: Axes) -> None: # the y axis begins at 0 and leaves room above the highest point
     ax.set_ylim(0, 1.1 * ax.dataLim.y1 if 0 < ax.dataLim.y1 < np.inf else None)
 
 def _ink(background) -> str: # the readable colour on it (WCAG's relative luminance)
@@ -98,12 +98,12 @@ def plot_fit(
     if len(fit.labels) > 1: ax.plot(steps, fit.losses.sum(-1), color="black", lw=2, label="sum")
     ax.axvline(fit.step, color=COLORS["grey"], lw=0.8)
     ax.set(xlabel="step", ylabel="loss (nats)", title=f"Fit: stopped by {fit.stopped}")
-    _from_zero(ax)
+    y_from_zero(ax)
     ax.xaxis.get_major_locator().set_params(integer=True)
     norm = ax.twinx()
     norm.plot(steps, fit.norms, color=COLORS["grey"], lw=1.2, ls="--")
     norm.set_ylabel("norm of the vector (dashed)")
-    _from_zero(norm)
+    y_from_zero(norm)
     norm.spines["top"].set_visible(False)
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
     return ax

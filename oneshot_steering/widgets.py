@@ -28,7 +28,7 @@ from .evaluate import Intervention
 from .lm import LM, _Sampler
 from .objective import Example, Terms
 from .optimize import Fit, optimize
-from .plot import COLORS, _from_zero, plot_fit
+from .plot import COLORS, y_from_zero, plot_fit
 from .steering import Steering, Steerings, as_steerings, atomic_write
 
 # %% auto #0
@@ -526,7 +526,7 @@ def _plot_visits(
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
     axes[-1].set_xlabel(f"strength of {dial.name}")
-    _from_zero(axes[-1])
+    y_from_zero(axes[-1])
     return figure
 
 # %% ../nbs/15_widgets.ipynb #50b34b12
