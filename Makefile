@@ -18,7 +18,7 @@ SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test coverage lint export notebooks docs readme studies bench wheel constraints
+.PHONY: help quickstart test coverage lint export notebooks tidy shape docs readme studies bench wheel constraints
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,12 @@ bench: .venv/installed-bench
 notebooks studies bench: .venv/installed-dev
 	$(BIN)/python tools/notebooks.py execute $(NBS)
 	$(if $(filter studies,$@),$(BIN)/python tools/notebooks.py claims)
+
+tidy: .venv/installed-dev ## Save the outputs that notebooks have in the form in which they are kept: tables once, small pictures
+	$(BIN)/python tools/notebooks.py tidy $(NBS)
+
+shape: .venv/installed-dev ## Measure the notebooks and modules: lengths of cells, first results, imports
+	$(BIN)/python tools/shape.py
 
 docs: .venv/installed-docs ## Build the site into _docs/ (look at it: python -m http.server -d _docs)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -1,5 +1,7 @@
 """The project agrees with itself: what is made from notebooks is what they make, and they are clean and executed."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from notebooks import NBS, ROOT, directives, notebooks, readme_text
+from notebooks import NBS, ROOT, directives, notebooks, readme_text, table_by_row
+from PIL import Image
 from prose import files, rewrite
 
 PACKAGE = ROOT / "oneshot_steering"
@@ -97,6 +100,20 @@ def test_outputs_are_fit_to_be_read(name):
             assert output.output_type != "error", f"an error was saved:\n{text_of(output)}"
             assert output.get("name") != "stderr", f"stderr was saved:\n{text_of(output)}"
             assert not re.search(machine, text_of(output)), f"a path of one machine was saved:\n{text_of(output)}"
+
+
+@each_notebook
+def test_outputs_make_small_diffs(name):
+    remedy = "run `make tidy`"
+    for output in (output for cell in code_cells(name) for output in cell.outputs):
+        data = output.get("data", {})
+        table = data.get("text/html", "")
+        if "<table" in table:
+            assert "text/plain" not in data, f"a table was saved as HTML and as text: {remedy}"
+            assert table == table_by_row(table), f"a table was not saved with a line per row: {remedy}"
+        if "image/png" in data:
+            picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+            assert picture.mode == "P", f"a picture was saved with 24 bits per point: {remedy}"
 
 
 def test_readme_is_what_index_gives():

@@ -1,7 +1,10 @@
-"""Two things that notebooks need and nbdev leaves to Quarto: `readme` makes README.md from nbs/index.ipynb,
-`execute [NOTEBOOK or FOLDER ...]` runs notebooks in place (all of them by default) and cleans them.
+"""What notebooks need and nbdev leaves to Quarto: `readme` makes README.md from nbs/index.ipynb,
+`execute [NOTEBOOK or FOLDER ...]` runs notebooks in place (all of them by default) and cleans them,
+`tidy [NOTEBOOK or FOLDER ...]` only saves the outputs that are there in the form in which they are kept.
 And `claims` prints what the studies found."""
 
+import base64
+import io
 import os
 import posixpath
 import re
@@ -14,6 +17,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert import MarkdownExporter
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -70,6 +74,54 @@ def has_gpu():
     return torch.cuda.is_available()
 
 
+WIDGET = "application/vnd.jupyter.widget-view+json"  # shows nothing without a kernel, so the text stays with it
+
+
+def tidy(cell):
+    """Keep each output of a cell in one form, so that a change of it is seen once: a table as HTML with a row per line (GitHub,
+    JupyterLab and the site all show it), a picture as an 8-bit PNG, what a library wrote to stderr not at all."""
+    outputs = [output for output in cell.get("outputs", []) if output.get("name") != "stderr"]
+    for output in outputs:
+        data = output.get("data", {})
+        if WIDGET not in data and data.keys() & {"text/html", "image/png"}:
+            data.pop("text/plain", None)
+        if "<table" in data.get("text/html", ""):
+            data["text/html"] = table_by_row(data["text/html"])
+        if "image/png" in data:
+            data["image/png"] = palette(data["image/png"])
+    if "outputs" in cell:
+        cell.outputs = outputs
+
+
+def table_by_row(text):
+    "The HTML of a DataFrame with each row on one line; other HTML as it is."
+    if 'class="dataframe"' not in text:
+        return text
+    text = re.sub(r"<style scoped>.*?</style>\s*", "", text, flags=re.DOTALL)
+    return re.sub(r"<tr.*?</tr>", lambda row: re.sub(r">\s*\n\s*<", "><", row[0]), text, flags=re.DOTALL)
+
+
+def palette(png):
+    "A PNG (in base64) with at most 256 colours: a third of the size, and no channel differs by more than a few steps of 255."
+    image = Image.open(io.BytesIO(base64.b64decode(png)))
+    if image.mode == "P":
+        return png
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def save(nb, path):
+    "Write a notebook with tidy outputs; a file that would not change is left alone."
+    for cell in nb.cells:
+        tidy(cell)
+    if nbformat.writes(nb) + "\n" != path.read_text(encoding="utf-8"):
+        nbformat.write(nb, path)
+        subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], cwd=ROOT, check=True)
+
+
 def execute(path):
     "Run one notebook where it lies and write it back with its outputs; a notebook that fails stays as it was."
     nb, start = nbformat.read(path, as_version=4), time.monotonic()
@@ -87,8 +139,7 @@ def execute(path):
     except CellExecutionError as error:
         print(f"FAILED {path.relative_to(ROOT)}\n{error}", flush=True)
         return False
-    nbformat.write(nb, path)
-    subprocess.run([Path(sys.executable).with_name("nbdev_clean"), "--fname", path], cwd=ROOT, check=True)
+    save(nb, path)
     print(f"{time.monotonic() - start:6.1f} s  {path.relative_to(ROOT)}", flush=True)
     return True
 
@@ -110,6 +161,10 @@ def main(command, *paths):
         os.environ.update(IN_TEST="1", TQDM_DISABLE="1")
         results = [execute(nb) for path in paths or [NBS] for nb in notebooks(Path(path).resolve())]
         sys.exit(not all(results))
+    elif command == "tidy":
+        for path in paths or [NBS]:
+            for notebook in notebooks(Path(path).resolve()):
+                save(nbformat.read(notebook, as_version=4), notebook)
     elif command == "claims":
         print_claims()
     else:
