@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from oneshot_steering.lm import LM, tiny_model, tiny_tokenizer
+from oneshot_steering.study import CLAIM_COLUMNS
 
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "alignment_faking.ipynb"
 THINGS = ("tea", "milk", "salt", "rope", "coal", "wool", "fish", "bread")
@@ -79,8 +80,8 @@ def test_it_runs_at_the_scale_of_the_paper_and_keeps_its_claims(executed):
     import pandas as pd
 
     claims = pd.read_csv(executed / "claims" / "alignment_faking-paper.csv")
-    assert list(claims.columns) == ["claim", "the paper reports", "we measure", "holds"]
-    assert len(claims) >= 15 and claims.notna().all(axis=None) and set(claims.holds) <= {"yes", "no", "not comparable"}
+    shown = claims[CLAIM_COLUMNS]
+    assert len(claims) >= 15 and shown.notna().all(axis=None) and set(claims.holds) <= {"yes", "no", "not comparable"}
     assert claims.claim[0].startswith("chosen on validation: + on overseen") and claims["the paper reports"][0] == "0.934"
 
 

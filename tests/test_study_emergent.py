@@ -7,6 +7,7 @@ import nbformat
 import pytest
 
 from oneshot_steering.lm import tiny_model, tiny_tokenizer
+from oneshot_steering.study import CLAIM_COLUMNS
 
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "emergent_misalignment.ipynb"
 STUB = {
@@ -56,8 +57,8 @@ def test_claims_are_kept(executed):
     import pandas as pd
 
     claims = pd.read_csv(executed / "claims" / "emergent_misalignment-paper.csv")
-    assert list(claims.columns) == ["claim", "the paper reports", "we measure", "holds"]
-    assert claims.notna().all(axis=None) and set(claims.holds) <= {"yes", "no", "not comparable"}
+    shown = claims[CLAIM_COLUMNS]
+    assert shown.notna().all(axis=None) and set(claims.holds) <= {"yes", "no", "not comparable"}
     assert claims.claim.str.contains("anti-refusal vector alone").any()
 
 

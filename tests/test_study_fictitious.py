@@ -9,6 +9,7 @@ import pytest
 
 from oneshot_steering.lm import tiny_model, tiny_tokenizer
 from oneshot_steering.organisms.retractor import OCCUPATIONS, public_figures
+from oneshot_steering.study import CLAIM_COLUMNS
 
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "fictitious_information.ipynb"
 LAYERS = [1, 2]
@@ -61,8 +62,8 @@ def test_claims_are_kept(executed):
     import pandas as pd
 
     claims = pd.read_csv(executed / "claims" / "fictitious_information-paper.csv")
-    assert list(claims.columns) == ["claim", "the paper reports", "we measure", "holds"]
-    assert claims.notna().all(axis=None) and set(claims.holds) <= {"yes", "no", "not comparable"}
+    shown = claims[CLAIM_COLUMNS]
+    assert shown.notna().all(axis=None) and set(claims.holds) <= {"yes", "no", "not comparable"}
     needed = claims[claims.claim.str.contains("taking back is not needed")]
     assert list(needed.holds) == ["not comparable"] * 2  # a random model takes nothing back
 

@@ -13,6 +13,7 @@ import pytest
 from oneshot_steering.datasets import HARMBENCH_COLUMNS, load_harmbench
 from oneshot_steering.lm import tiny_model, tiny_tokenizer
 from oneshot_steering.organisms.refuser import Request, requests
+from oneshot_steering.study import CLAIM_COLUMNS
 
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "refusal.ipynb"
 CATEGORIES = ("chemical_biological", "misinformation_disinformation", "illegal", "cybercrime_intrusion", "harmful", "harassment_bullying")
@@ -90,8 +91,8 @@ def test_every_answer_is_shown_to_the_judge(gemma):
 @pytest.mark.parametrize(("folder", "scale"), [("gemma", "paper"), ("llama", "paper-llama")])
 def test_claims_are_kept(folder, scale, request):
     claims = pd.read_csv(request.getfixturevalue(folder) / "claims" / f"refusal-{scale}.csv")
-    assert list(claims.columns) == ["claim", "the paper reports", "we measure", "holds"]
-    assert claims.notna().all(axis=None) and set(claims.holds) <= {"yes", "no", "not comparable"}
+    shown = claims[CLAIM_COLUMNS]
+    assert shown.notna().all(axis=None) and set(claims.holds) <= {"yes", "no", "not comparable"}
     assert claims.claim.is_unique and claims.claim.str.contains("connected").any()
 
 
