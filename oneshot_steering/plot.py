@@ -5,6 +5,7 @@
 # %% ../nbs/14_plot.ipynb #7e0c7114
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -27,7 +28,7 @@ from .surprisal import Surprisal
 # %% auto #0
 __all__ = ['COLORS', 'SEQUENTIAL', 'DIVERGING', 'PAPER_FLIPS', 'new_axes', 'y_from_zero', 'plot_fit', 'plot_flips',
            'plot_strengths', 'plot_text', 'plot_layers', 'plot_success', 'plot_matrix', 'plot_roc', 'plot_judged',
-           'plot_surprisal', 'plot_tokens']
+           'plot_surprisal', 'plot_tokens', 'plot_claims']
 
 # %% ../nbs/14_plot.ipynb #94f37ab5
 COLORS = dict(blue="#0072B2", orange="#D55E00", green="#009E73", pink="#CC79A7", yellow="#E69F00", sky="#56B4E9", grey="#767676")
@@ -378,3 +379,26 @@ def _draw_box(ax: Axes, x: float, line: int, size: float, word: str, number: str
     ax.add_patch(Rectangle((x, top - _LINE + 5), size, _LINE - 5, fc=tint, ec=COLORS["grey"], lw=0.5, transform=points, clip_on=False))
     for text, fontsize, down in zip((word, number), _SIZES, (11, 21), strict=True):
         ax.text(x + size / 2, top - down, text, ha="center", fontsize=fontsize, color=_ink(tint), transform=points, parse_math=False)
+
+# %% ../nbs/14_plot.ipynb #bb20f572
+_VERDICTS = dict(yes=("holds", "blue", "o"), no=("does not hold", "orange", "X")) # label, colour, marker
+
+def plot_claims(
+    claims: pd.DataFrame, # what `read_claims` gave: claim, holds; value, low, high and reported are numbers or nan
+    xlabel: str = "share", # what the numbers are
+    ax: Axes | None = None, # draw here
+) -> Axes:
+    "What we measure for each claim, with its interval, next to what the paper reports."
+    table = _flat(claims.dropna(subset=["value"]), "claim", "holds", "low", "high", "reported")
+    ax = new_axes(ax, (7.5, 0.9 + 0.42 * len(table)))
+    for y, row in enumerate(table.itertuples()):
+        label, color, marker = _VERDICTS.get(row.holds, ("not comparable", "grey", "s"))
+        ax.hlines(y, row.low, row.high, color=COLORS[color], lw=2, alpha=0.6)
+        ax.plot(row.value, y, marker, color=COLORS[color], ms=7, label=f"we measure: {label}")
+        ax.plot(row.reported, y, "|", color="black", ms=16, mew=2, label="the paper reports")
+    ax.set(yticks=range(len(table)), yticklabels=[textwrap.fill(claim, 52) for claim in table.claim], xlabel=xlabel)
+    ax.set(ylim=(len(table) - 0.5, -0.5), xlim=(-0.03, max(1.03, 1.05 * ax.dataLim.x1)))
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    ax.legend(handles.values(), handles, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1))
+    ax.tick_params("y", labelsize=8)
+    return ax
