@@ -64,7 +64,7 @@ def flip_vectors(
     scenario = scenario or demo_scenario(demo)
     orders = scenario_prompt(lm, scenario), scenario_prompt(lm, scenario.swapped)
     examples = swapped_choice(lm, *orders, scenario.harmful, scenario.swapped.harmful, demo.both_signs)
-    jobs = [Job(examples, demo.layer, max_norm=norm, start_norm=demo.start_norm, lr=demo.lr, steps=demo.steps) for norm in demo.norms]
+    jobs = [Job(examples, demo.layer, max_norm=norm, start=demo.start_norm, lr=demo.lr, steps=demo.steps) for norm in demo.norms]
     return dict(zip(demo.norms, optimize_many(lm, jobs), strict=True))
 
 def held_out_prompts(lm: LM, split: str = "test", n: int = FLIP_DEMO.held_out, seed: int | str = 0) -> dict[str, list[str]]:

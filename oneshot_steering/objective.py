@@ -77,6 +77,7 @@ class Objective:
     coldness: float = 0.7 # inverse temperature; probabilities are softmax(coldness * logits)
     suppression: str = "complement" # "complement" minimises -log(1 - P); "log_prob" minimises +log P
     per_token: bool = False # divide each term by its number of tokens
+    satisfice: bool = False # minimise (term - its target)^2 to convergence instead of stopping where the targets are crossed
 
     def __post_init__(self):
         if not self.coldness > 0: raise ValueError(f"coldness must be positive, not {self.coldness}.")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -24,7 +25,7 @@ from .objective import Example, Objective, Shift, Terms, losses_together, record
 from .steering import MODES, NEUTRAL_PROMPTS, Positions, Steering, parse_positions
 
 # %% auto #0
-__all__ = ['Asked', 'Stop', 'Fit', 'Retain', 'Noise', 'Refine', 'Affine', 'Job', 'optimize_many', 'optimize']
+__all__ = ['Asked', 'Stop', 'Fit', 'Retain', 'Noise', 'Refine', 'Affine', 'Constraints', 'Job', 'optimize_many', 'optimize']
 
 # %% ../nbs/03_optimize.ipynb #97a6cb66
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Stop:
     patience: int = 1 # for so many evaluations in a row (also for per-term targets)
     change: float | None = 1e-6 # stop once |aim - previous aim| is below this; the aim is the loss, plus what was asked beside it
     no_decrease: bool = False # stop as soon as the aim has not decreased
+    callback: Callable[[int, Tensor, Steering], object] | None = None # called with (step, losses, vector); True ends the run
 
     def __post_init__(self):
         if self.patience < 1: raise ValueError(f"patience must be at least 1, not {self.patience}.")
@@ -87,7 +89,7 @@ class Fit:
 
     def __repr__(self) -> str:
         return (f"Fit(loss {self.losses[0].sum():.3g} -> {self.loss:.3g} nats after {self.step} of {self.steps} steps, "
-                f"norm {self.norms[self.step]:.3g}, stopped: {self.stopped}, {self.seconds:.1f} s)")
+                f"norm {self.norms[self.step]:.3g}, stopped: {self.stopped})")
 
 # %% ../nbs/03_optimize.ipynb #6d04118a
 @dataclass(frozen=True)
@@ -126,11 +128,17 @@ class _Multipliers:
 # %% ../nbs/03_optimize.ipynb #44d7677a
 @dataclass(frozen=True)
 class Affine:
-    "The low-rank part of an affine steering."
+    "The low-rank part of an affine steering; as a job's mode it stands for \"affine\"."
     rank: int = 1 # of the map
     start_norm: float = 1.0 # of each row of both factors
     max_norm: float = 2.0 # each row is scaled back to at most this
-    vector: bool = True # optimise a vector beside the map; False leaves h -> h + M h
+    vector: bool = True # optimise a vector too, not only the map; False leaves h -> h + M h
+
+@dataclass(frozen=True)
+class Constraints:
+    "Bounds on a vector besides its largest norm."
+    min_norm: float | None = None # |v| is kept at or above this; with an equal max_norm, on a sphere
+    orthogonal_to: Sequence[Steering | Tensor] = () # v has no part along these
 
 @dataclass(frozen=True)
 class Job:
@@ -138,46 +146,70 @@ class Job:
     examples: Example | Sequence[Example] # one, or several that share the vector
     layer: int | Sequence[int] # the inputs of these blocks
     max_norm: float | None = None # |v| is kept at or below this
-    min_norm: float | None = None # and at or above this; the same number keeps it on a sphere
-    start_norm: float = 1.0 # of the random start
-    start: Steering | Tensor | None = None # start here instead
-    lr: float | None = None # Adam's learning rate; 2% of the stream's root mean square at the layer if None
-    steps: int = 50 # at most so many updates
-    mode: str = "add" # "add", "clamp", "ablate" or "affine"
+    lr: float | None = None # the learning rate; 2% of the stream's root mean square at the layer if None
+    steps: int = 50 # at most that many updates
+    mode: str | Affine = "add" # "add", "clamp", "ablate" or "affine"; `Affine` sets the low-rank part of the last
     positions: Positions = "all" # which tokens are steered while optimising, and afterwards
-    objective: Objective = Objective() # noqa: RUF009 coldness and the form of suppression
-    satisfice: bool = False # minimise (term - its target)^2 to convergence, instead of stopping where the targets are crossed
+    start: Steering | Tensor | float | None = 1.0 # where to start; a number is the norm of a random start
+    seed: int = 0 # of a random start and of the noise
+    objective: Objective = Objective() # noqa: RUF009 coldness, the form of suppression, satisficing
     stop: Stop = Stop() # when to end early
-    affine: Affine | None = None # the low-rank part, for mode="affine"
+    constraints: Constraints = Constraints() # least norm, orthogonality
     optimizer: str = "adam" # or "lbfgs"
     noise: Noise | None = None # on the vector
     retain: Retain | None = None # neutral texts to leave alone
     refine: Refine | None = None # a second phase
-    orthogonal_to: Sequence[Steering | Tensor] = () # |v| has no part along these
-    seed: int = 0 # of the start and the noise
-    callback: Callable[[int, Tensor, Steering], object] | None = None # called with (step, losses, vector); True ends the run
 
     def __post_init__(self):
+        if self.start is None: object.__setattr__(self, "start", 1.0)
         if self.steps < 0: raise ValueError(f"steps must be at least 0, not {self.steps}.")
-        for name in ("max_norm", "min_norm", "start_norm", "lr"):
-            value = getattr(self, name)
+        least = self.constraints.min_norm
+        numbers = dict(max_norm=self.max_norm, min_norm=least, lr=self.lr, start=self.start_norm)
+        for name, value in numbers.items():
             if value is not None and not 0 < value < math.inf: raise ValueError(f"{name} must be positive and finite, not {value}.")
-        if self.min_norm and self.max_norm and self.min_norm > self.max_norm:
-            raise ValueError(f"min_norm={self.min_norm} is above max_norm={self.max_norm}.")
-        if self.mode not in MODES: raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}.")
+        if least and self.max_norm and least > self.max_norm: raise ValueError(f"min_norm={least} is above max_norm={self.max_norm}.")
+        if not isinstance(self.mode, Affine) and self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}, or Affine(...).")
         parse_positions(self.positions)
         if self.optimizer not in ("adam", "lbfgs"): raise ValueError(f"optimizer={self.optimizer!r}: expected 'adam' or 'lbfgs'.")
         if self.optimizer == "lbfgs" and (self.noise or self.refine or (self.retain and self.retain.budget is not None)):
             raise ValueError("optimizer='lbfgs' needs a loss that stays the same: no noise, no refinement, no budget.")
 
+    @property
+    def affine(self) -> Affine | None: # the low-rank part; None in the other modes
+        return self.mode if isinstance(self.mode, Affine) else Affine() if self.mode == "affine" else None
+
+    @property
+    def start_norm(self) -> float | None: # of a random start; None if a vector is given
+        return None if isinstance(self.start, (Steering, Tensor)) else self.start
+
     def about(self) -> dict: # JSON values
         "What a saved vector remembers of how it was found."
-        left_out = ("examples", "layer", "mode", "positions", "start", "orthogonal_to", "callback", "objective", "stop", "affine")
-        kept = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in left_out}
+        kept = {k: getattr(self, k) for k in ("max_norm", "start_norm", "lr", "steps", "optimizer", "noise", "retain", "refine", "seed")}
         if self.refine and callable(self.refine.least):
             kept["refine"] = dataclasses.replace(self.refine, least=self.refine.least.__qualname__)
         plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in kept.items()}
-        return plain | dataclasses.asdict(self.objective) | dict(stop=dataclasses.asdict(self.stop))
+        stop = {k: v for k, v in vars(self.stop).items() if k != "callback"}
+        return plain | dataclasses.asdict(self.objective) | dict(min_norm=self.constraints.min_norm, stop=stop)
+
+# %% ../nbs/03_optimize.ipynb #e4b81f07
+_MOVED = dict(
+    start_norm="start=... (a number is the norm of a random start)", min_norm="constraints=Constraints(min_norm=...)",
+    orthogonal_to="constraints=Constraints(orthogonal_to=...)", affine="mode=Affine(...)",
+    satisfice="objective=Objective(satisfice=True)", callback="stop=Stop(callback=...)",
+)
+
+def _with_known_names(init: Callable) -> Callable:
+    names = [f.name for f in dataclasses.fields(Job)]
+    @functools.wraps(init)
+    def checked(self, *args, **settings):
+        for name in settings:
+            if name in _MOVED: raise TypeError(f"{name}=... is now {_MOVED[name]}.")
+            if name not in names: raise TypeError(f"A Job has no {name!r}; it has {', '.join(names)}.")
+        init(self, *args, **settings)
+    return checked
+
+Job.__init__ = _with_known_names(Job.__init__)
 
 # %% ../nbs/03_optimize.ipynb #7842d801
 def _scaled(t: Tensor, norm: float) -> Tensor: return t * (norm / t.norm(dim=-1, keepdim=True))
@@ -185,11 +217,12 @@ def _scaled(t: Tensor, norm: float) -> Tensor: return t * (norm / t.norm(dim=-1,
 class _Moving:
     "The tensors that move, and the set they move in."
     def __init__(self, lm: LM, job: Job):
-        self.job, self.affine = job, (job.affine or Affine()) if job.mode == "affine" else None
+        self.job, self.affine = job, job.affine
         source = torch.Generator().manual_seed(job.seed)
         draw = lambda *shape: torch.randn(*shape, generator=source)
-        given = [s.vector if isinstance(s, Steering) else s for s in (job.start, *job.orthogonal_to)]
-        for name, t in zip(("start", *["orthogonal_to"] * len(job.orthogonal_to)), given, strict=True):
+        start = job.start if job.start_norm is None else None
+        given = [s.vector if isinstance(s, Steering) else s for s in (start, *job.constraints.orthogonal_to)]
+        for name, t in zip(("start", *["orthogonal_to"] * len(job.constraints.orthogonal_to)), given, strict=True):
             if t is not None and t.shape != (lm.d_model,): raise ValueError(f"{name} has shape {list(t.shape)}, expected [{lm.d_model}].")
         start, *others = given
         vector = _scaled(draw(lm.d_model), job.start_norm) if start is None else start.detach().clone().float()
@@ -207,7 +240,8 @@ class _Moving:
         vector = self.tensors["vector"]
         if self.basis is not None: vector.sub_(self.basis @ (self.basis.T @ vector))
         norm = vector.norm().clamp(min=1e-12)
-        vector.mul_(norm.clamp(min=self.job.min_norm, max=self.job.max_norm) / norm if self.job.min_norm or self.job.max_norm else 1)
+        least, most = self.job.constraints.min_norm, self.job.max_norm
+        vector.mul_(norm.clamp(min=least, max=most) / norm if least or most else 1)
         for side in ("left", "right") if self.affine else ():
             rows = self.tensors[side]
             rows.mul_((self.affine.max_norm / rows.norm(dim=-1, keepdim=True)).clamp(max=1.0))
@@ -215,7 +249,7 @@ class _Moving:
     def steering(self, noise: Tensor | None = None) -> Steering: # differentiable
         vector = self.tensors["vector"] if noise is None else self.tensors["vector"] + noise
         factors = {side: self.tensors.get(side) for side in ("left", "right")}
-        return Steering(vector, self.layers, self.job.mode, self.job.positions, **factors)
+        return Steering(vector, self.layers, "affine" if self.affine else self.job.mode, self.job.positions, **factors)
 
     def frozen(self) -> Steering: # a copy of its own, on the CPU
         s = self.steering()
@@ -300,7 +334,7 @@ class _Reach:
 
     def _pieces(self, losses: list[Tensor]) -> tuple[Tensor, Tensor | None]: # what is minimised, mean KL
         terms, kl = losses[0], losses[1].mean() if self.job.retain else None
-        if self.job.satisfice:
+        if self.job.objective.satisfice:
             terms = torch.stack([t if goal is None else (t - goal).square() for t, goal in zip(terms, self.targets, strict=True)])
         total = terms.sum() if kl is None or self.hold else terms.sum() + self.job.retain.weight * kl
         return total, kl
@@ -317,7 +351,7 @@ class _Reach:
         if self.hold: self.hold.ascend()
 
     def reason(self, history: list[Tensor], aims: list[float]) -> str | None:
-        targets = [None] * len(self.targets) if self.job.satisfice else self.targets
+        targets = [None] * len(self.targets) if self.job.objective.satisfice else self.targets
         return self.job.stop.reason(history, targets, aims)
 
 # %% ../nbs/03_optimize.ipynb #c2d56552
@@ -463,7 +497,7 @@ def _record(self: _Descent, phase: _Reach | _Least, losses: list[Tensor], first:
     reason = phase.reason(self.history[first:], self.aims[first:]) if kept else None
     if self.best is None or (not kept, value) < self.best[0] or (reason or "").endswith("target"):
         self.best = ((not kept, value), step, steering)
-    if reason is None and self.job.callback and self.job.callback(step, self.history[-1], steering): reason = "callback"
+    if reason is None and self.job.stop.callback and self.job.stop.callback(step, self.history[-1], steering): reason = "callback"
     return aim, reason
 
 @patch

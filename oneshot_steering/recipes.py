@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .lm import LM, Progress
 from .objective import Example, Objective, Recorded, Shift, Terms, losses_together, record, record_text
-from .optimize import Affine, Fit, Job, Stop, optimize, optimize_many
+from .optimize import Affine, Constraints, Fit, Job, Stop, optimize, optimize_many
 from .steering import NEUTRAL_PROMPTS, Steering
 
 # %% auto #0
@@ -54,7 +54,7 @@ def satisfice_to(
     reference: str, # a prompt after which it is likely already
     fraction: float = 1.0, # of its log-probability there
     objective: Objective = Objective(), # noqa: B008 must be the one that is optimised
-) -> Example: # for `optimize(..., satisfice=True)`
+) -> Example: # for `Objective(satisfice=True)`
     "Promotion up to a fraction of the log-probability on a reference prompt (paper section on emergent misalignment)."
     if not fraction > 0: raise ValueError(f"fraction must be positive, not {fraction}.")
     return Example(prompt, promote=completion, targets=[fraction * _loss_of(lm, reference, completion, objective)])
@@ -112,7 +112,7 @@ def reentrant(
     "Reentrant steering (paper section 4)."
     late = round(0.4 * lm.n_layers) if late is None else late
     if not lm.check_layer(early) < lm.check_layer(late): raise ValueError(f"The late layer {late} must be above the early layer {early}.")
-    first = dict(mode="affine", affine=Affine(vector=False), lr=0.1, steps=50, stop=Stop(target=0.01, patience=20))
+    first = dict(mode=Affine(vector=False), lr=0.1, steps=50, stop=Stop(target=0.01, patience=20))
     second = dict(mode="clamp", max_norm=30.0, steps=40)
     forced = optimize(lm, example, early, progress=progress, **first | (early_settings or {}))
     with lm.steer(forced.steering): said = record(lm, example.prompt, max_new_tokens=tokens)
@@ -127,23 +127,24 @@ def melbo(
     norm: float, # of the vectors
     n: int = 8, # how many
     *,
-    target: int | None = None, # the layer whose stream should move; 8 blocks below the top, or two thirds of the way, if None
-    power: float = 2.0, # p; larger looks for large effects on few tokens
-    root: float = 2.0, # q
+    shift: Shift | None = None, # where the stream should move; 8 blocks below the top, or two thirds of the way, if None
     orthogonal: bool = False, # one after another, each orthogonal to the earlier ones
-    seed: int = 0, # of the first start; the others follow
     progress: bool = True, # show bars when it takes long
-    **settings, # fields of `Job`
+    **settings, # fields of `Job`; `seed` is the first start's, the others follow
 ) -> list[Fit]: # their losses are minus the distances moved
     "Unsupervised steering vectors (MELBO): maximise (sum over tokens of |dh|^p)^(1/q) under |v| = norm."
-    if target is None: target = max(lm.n_layers - 8, (2 * lm.n_layers) // 3)
-    if not lm.check_layer(layer) < lm.check_layer(target): raise ValueError(f"target={target} must be above layer={layer}.")
-    examples = [Example(p, shift=Shift(target, power, root)) for p in prompts]
-    shared = dict(min_norm=norm, max_norm=norm, start_norm=norm, steps=100, stop=Stop(change=None)) | settings
-    jobs = [Job(examples, layer, seed=seed + i, **shared) for i in range(n)]
+    if moved := {"target", "power", "root"} & settings.keys():
+        raise TypeError(f"{', '.join(sorted(moved))}: now shift=Shift(layer, power, root).")
+    shift = shift or Shift(max(lm.n_layers - 8, (2 * lm.n_layers) // 3))
+    if not lm.check_layer(layer) < lm.check_layer(shift.layer): raise ValueError(f"shift.layer={shift.layer} must be above layer={layer}.")
+    first = settings.pop("seed", 0)
+    sphere = dict(max_norm=norm, start=norm, steps=100, stop=Stop(change=None), constraints=Constraints(min_norm=norm)) | settings
+    jobs = [Job([Example(p, shift=shift) for p in prompts], layer, seed=first + i, **sphere) for i in range(n)]
     if not orthogonal: return optimize_many(lm, jobs, progress=progress)
     fits: list[Fit] = []
-    for job in jobs: fits += optimize_many(lm, [dataclasses.replace(job, orthogonal_to=[f.steering for f in fits])], progress=progress)
+    for job in jobs:
+        apart = dataclasses.replace(job.constraints, orthogonal_to=[f.steering for f in fits])
+        fits += optimize_many(lm, [dataclasses.replace(job, constraints=apart)], progress=progress)
     return fits
 
 # %% ../nbs/04_recipes.ipynb #f82dc78e
@@ -205,8 +206,9 @@ def label_free_scores(
     crossed = pd.Series({pair: next(losses) for pair in pairs})
     highest = pd.Series({pair: max(next(losses) for _ in range(points)) for pair in pairs})
     ends = pd.Series({(i, j): max(fits[i].loss, crossed[j, i]) for i, j in pairs}) # on the example of i
-    table["others' loss"] = crossed.groupby(level=0).mean()
-    if elsewhere: table["paraphrases' loss"] = [next(losses) for _ in fits]
+    table["cross-example loss"] = crossed.groupby(level=0).mean()
+    if elsewhere: table["paraphrase loss"] = [next(losses) for _ in fits]
     table["barrier"] = (highest - ends).clip(lower=0).groupby(level=0).mean()
     unit = torch.nn.functional.normalize(torch.stack([v.vector.float() for v in vectors]), dim=-1)
-    return table.assign(apartness=1 - ((unit @ unit.T).sum(-1) - 1).div(count - 1).numpy())
+    table["mean cosine distance"] = 1 - ((unit @ unit.T).sum(-1) - 1).div(count - 1).numpy()
+    return table

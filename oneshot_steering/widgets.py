@@ -27,7 +27,7 @@ from .calibrate import Calibration
 from .evaluate import Intervention
 from .lm import LM, _Sampler
 from .objective import Example, Terms
-from .optimize import Fit, optimize
+from .optimize import Fit, Stop, optimize
 from .plot import COLORS, y_from_zero, plot_fit
 from .steering import Steering, Steerings, as_steerings, atomic_write
 
@@ -858,7 +858,8 @@ def _work(self: OptimizerPanel, order: _Order, turn: _Turn) -> None:
             self._say(None, f"step {step} of {order.steps}: loss {sums[-1]:.3g} nats, best {sums[best]:.3g}", turn.number, "running")
         return self._halt.is_set() or turn.over
     asked = dict(max_norm=order.norm or stream / 2, steps=order.steps) | self.settings
-    fit = optimize(self.lm, example, order.layer, progress=False, callback=seen, **asked)
+    asked["stop"] = replace(asked.get("stop", Stop()), callback=seen)
+    fit = optimize(self.lm, example, order.layer, progress=False, **asked)
     if turn.over: return
     self.fit = fit if fit.stopped != "callback" else replace(fit, stopped="you")
     self._plot(self.fit, f"stopped by {self.fit.stopped}")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from oneshot_steering.lm import LM, TINY_ARCHITECTURES, tiny_lm
 from oneshot_steering.objective import Example, Objective, Shift, Terms, record
-from oneshot_steering.optimize import Affine, Job, Noise, Refine, Retain, Stop, _Descent, _Workshop, optimize, optimize_many
+from oneshot_steering.optimize import Affine, Constraints, Job, Noise, Refine, Retain, Stop, _Descent, _Workshop, optimize, optimize_many
 from oneshot_steering.recipes import swapped_choice
 from oneshot_steering.steering import MODES, Steering
 
@@ -65,7 +65,8 @@ def test_the_shortcut_changes_nothing(architecture):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_lowers_the_loss_and_keeps_its_norms(mode):
-    fit = optimize(tiny_lm(), EXAMPLE, 1, mode=mode, lr=0.5, steps=40, start_norm=5, max_norm=5, affine=Affine(rank=2, max_norm=1.5))
+    chosen = Affine(rank=2, max_norm=1.5) if mode == "affine" else mode
+    fit = optimize(tiny_lm(), EXAMPLE, 1, mode=chosen, lr=0.5, steps=40, start=5.0, max_norm=5)
     assert fit.loss < fit.losses[0].sum()
     assert max(fit.norms) <= 5 + 1e-4
     if mode == "affine":
@@ -118,7 +119,7 @@ def test_an_interrupt_restores_the_model_and_keeps_the_best():
         if step == 5:
             raise KeyboardInterrupt
 
-    fit = optimize(lm, EXAMPLE, 2, lr=0.5, callback=interrupt)
+    fit = optimize(lm, EXAMPLE, 2, lr=0.5, stop=Stop(callback=interrupt))
     assert fit.stopped == "interrupted" and fit.loss == pytest.approx(fit.losses.sum(-1).min().item())
     assert not [m for m in lm.model.modules() if m._forward_pre_hooks or "forward" in vars(m)]
 
@@ -138,6 +139,32 @@ def test_an_interrupt_restores_the_model_and_keeps_the_best():
 def test_bad_input_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         optimize(tiny_lm(), **{"examples": EXAMPLE, "layer": 2} | wrong)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("start_norm", "start="),
+        ("min_norm", r"constraints=Constraints\(min_norm"),
+        ("orthogonal_to", r"constraints=Constraints\(orthogonal_to"),
+        ("affine", r"mode=Affine\("),
+        ("satisfice", r"objective=Objective\(satisfice=True\)"),
+        ("callback", r"stop=Stop\(callback="),
+        ("learning_rate", "it has examples, layer, max_norm, lr"),
+    ],
+)
+def test_an_argument_that_moved_says_where_it_is(old, new):
+    with pytest.raises(TypeError, match=new):
+        optimize(tiny_lm(), EXAMPLE, 2, **{old: 1})
+
+
+def test_a_number_and_nothing_are_norms_of_a_random_start():
+    lm = tiny_lm()
+    fits = [optimize(lm, EXAMPLE, 2, steps=0, seed=3, start=start).steering for start in (None, 1.0, 3.0)]
+    assert torch.equal(fits[0].vector, fits[1].vector) and torch.allclose(fits[2].vector, 3 * fits[1].vector)
+    given = optimize(lm, EXAMPLE, 2, steps=0, start=fits[2]).steering
+    assert torch.equal(given.vector, fits[2].vector)
+    assert [f.about["settings"]["start_norm"] for f in (*fits, given)] == [1.0, 1.0, 3.0, None]
 
 
 def test_empty_completion_is_refused():
@@ -191,7 +218,7 @@ def test_many_at_once_equal_single_runs(architecture):
         Job(EXAMPLE, 1, **options),
         Job([EXAMPLE, other], 1, seed=3, **options),
         Job(other, 3, positions="last_2", **options),
-        Job(EXAMPLE, (1, 2), mode="affine", affine=Affine(rank=2), **options),
+        Job(EXAMPLE, (1, 2), mode=Affine(rank=2), **options),
         Job(other, 1, mode="clamp", retain=Retain(("the fox is here", "a dog")), **options),
         Job(LONG, 2, stop=Stop(target=1e9), **options),
     ]
@@ -211,7 +238,7 @@ def test_many_are_interrupted_together_and_keep_their_best():
             raise KeyboardInterrupt
 
     short = Job(EXAMPLE, 2, steps=1)
-    fits = optimize_many(lm, [Job(EXAMPLE, 1, lr=0.3), Job(EXAMPLE, 2, seed=1, lr=0.3, callback=interrupt), short])
+    fits = optimize_many(lm, [Job(EXAMPLE, 1, lr=0.3), Job(EXAMPLE, 2, seed=1, lr=0.3, stop=Stop(callback=interrupt)), short])
     assert [f.stopped for f in fits] == ["interrupted", "interrupted", "steps"] and all(f.loss <= f.losses[0].sum() for f in fits)
     assert not [m for m in lm.model.modules() if m._forward_pre_hooks or "forward" in vars(m)]
 
@@ -219,7 +246,7 @@ def test_many_are_interrupted_together_and_keep_their_best():
 def test_one_broken_job_leaves_the_others_alone():
     lm = tiny_lm()
     alone = optimize(lm, EXAMPLE, 1, lr=0.3, steps=6)
-    broken = Job(EXAMPLE, 1, lr=1e30, steps=6, start_norm=1e18)
+    broken = Job(EXAMPLE, 1, lr=1e30, steps=6, start=1e18)
     fits = optimize_many(lm, [broken, Job(EXAMPLE, 1, lr=0.3, steps=6)])
     assert torch.allclose(fits[1].losses, alone.losses, rtol=1e-3) and fits[0].steering.vector.isfinite().all()
 
@@ -287,7 +314,7 @@ def test_shift_by_hand(architecture):
 def test_satisficing_converges_to_the_targets():
     lm = tiny_lm()
     wanted = Example("the other", promote=" dogs", suppress=" cats", targets=[6.0, 0.05])
-    fit = optimize(lm, wanted, 1, lr=0.1, steps=400, satisfice=True)
+    fit = optimize(lm, wanted, 1, lr=0.1, steps=400, objective=Objective(satisfice=True))
     assert fit.losses[fit.step].tolist() == pytest.approx([6.0, 0.05], abs=0.02)
     early = optimize(lm, wanted, 1, lr=0.1, steps=400)
     assert early.stopped == "every term's target" and early.steps < fit.steps
@@ -327,7 +354,7 @@ def test_noise_is_drawn_as_asked(noise):
 def test_vectors_stay_orthogonal_and_on_their_sphere():
     lm = tiny_lm()
     first = optimize(lm, EXAMPLE, 1, lr=0.3, steps=10)
-    second = optimize(lm, EXAMPLE, 1, lr=0.3, steps=10, orthogonal_to=[first.steering], min_norm=4, max_norm=4)
+    second = optimize(lm, EXAMPLE, 1, lr=0.3, steps=10, max_norm=4, constraints=Constraints(4, [first.steering]))
     assert second.norms == pytest.approx([4] * 11, rel=1e-5)
     assert abs(torch.cosine_similarity(first.steering.vector, second.steering.vector, dim=0).item()) < 1e-5
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from oneshot_steering.lm import tiny_lm
-from oneshot_steering.objective import Example, Objective, Terms, record_text
+from oneshot_steering.objective import Example, Objective, Shift, Terms, record_text
 from oneshot_steering.optimize import Job, Stop, optimize_many
 from oneshot_steering.recipes import geodesic, label_free_scores, likeliest, match_reference, melbo, reentrant, satisfice_to
 from oneshot_steering.steering import Steering
@@ -56,7 +56,7 @@ def test_reentrant_steering_learns_what_the_forced_model_says(architecture):
 
 def test_unsupervised_vectors_move_the_target_layer():
     lm, prompts = tiny_lm(), ["the other dogs", "a fox"]
-    found = melbo(lm, prompts, 1, norm=2.0, n=3, target=3, steps=40)
+    found = melbo(lm, prompts, 1, norm=2.0, n=3, shift=Shift(3), steps=40)
     assert all(n == pytest.approx(2, rel=1e-4) for f in found for n in f.norms)
     for fit in found:
         plain = [lm.hidden_states(p, 3) for p in prompts]
@@ -65,7 +65,9 @@ def test_unsupervised_vectors_move_the_target_layer():
         distances = sum((m - p).norm() for m, p in zip(moved, plain, strict=True)).item()
         assert distances == pytest.approx(-fit.loss, rel=1e-3) and -fit.loss > -fit.losses[0].sum()
     with pytest.raises(ValueError, match="must be above"):
-        melbo(lm, prompts, 3, norm=1.0, target=2)
+        melbo(lm, prompts, 3, norm=1.0, shift=Shift(2))
+    with pytest.raises(TypeError, match="Shift"):
+        melbo(lm, prompts, 1, norm=1.0, target=3)
 
 
 def test_geodesic_keeps_ends_and_norm():
@@ -88,12 +90,12 @@ def test_label_free_scores_by_hand():
     with torch.no_grad():
         for i, j in ((0, 1), (1, 0)):
             mine, other = fits[i].steering, fits[j].steering
-            assert scores["others' loss"][i] == pytest.approx(own[j](mine).item(), rel=1e-3)
+            assert scores["cross-example loss"][i] == pytest.approx(own[j](mine).item(), rel=1e-3)
             assert scores.KL[i] == pytest.approx(neutral(mine).item(), rel=1e-3, abs=1e-5)
             between = [own[i](mine.replace(vector=v)).item() for v in geodesic(mine.vector, other.vector, 4)]
             rise = max(0.0, max(between) - max(own[i](mine).item(), own[i](other).item()))
             assert scores.barrier[i] == pytest.approx(rise, rel=1e-2, abs=1e-3)
     cosine = torch.nn.functional.cosine_similarity(fits[0].steering.vector, fits[1].steering.vector, dim=0).item()
-    assert scores.apartness.tolist() == pytest.approx([1 - cosine] * 2, abs=1e-4)
+    assert scores["mean cosine distance"].tolist() == pytest.approx([1 - cosine] * 2, abs=1e-4)
     with pytest.raises(ValueError, match="at least two"):
         label_free_scores(lm, jobs[:1], fits[:1])
