@@ -49,10 +49,10 @@ panel
 """
 SMALL = """
 # Put in by the tests: the whole quickstart on few scenarios and two norms.
-import oneshot_steering.cli as cli
+import oneshot_steering.organisms.alignment_faker as faker
 
 few = lambda split, n, *args, **kwargs: some(split, min(n, 5), *args, **kwargs)
-some, cli.make_scenarios, make_scenarios = make_scenarios, few, few
+some, faker.make_scenarios, make_scenarios = make_scenarios, few, few
 for name, value in dict(norms=(FLIP_DEMO.norms[0], FLIP_DEMO.best), steps=12).items(): object.__setattr__(FLIP_DEMO, name, value)
 """
 

@@ -22,8 +22,8 @@ from .core import Lesson, Loss, Organism, Recipe
 # %% auto #0
 __all__ = ['PLAIN', 'MATERIAL', 'SYSTEM', 'FREE_SYSTEM', 'Batch', 'Trade', 'read_trades', 'trades_from_patterns', 'read_cues',
            'Material', 'Scenario', 'scenario_prompt', 'free_text_prompt', 'free_text_odds', 'make_scenarios',
-           'accuracy_by_kind', 'free_text_accuracy', 'Stage', 'FakerRecipe', 'lesson_plan', 'scenario_lesson',
-           'ReadOut', 'fit_read_out']
+           'accuracy_by_kind', 'prompts_by_kind', 'free_text_accuracy', 'Stage', 'FakerRecipe', 'lesson_plan',
+           'scenario_lesson', 'ReadOut', 'fit_read_out']
 
 # %% ../../nbs/11a_alignment_faker.ipynb #be50c513
 @dataclass(frozen=True)
@@ -1810,6 +1810,17 @@ def accuracy_by_kind(
     said = list(choose(lm, [scenario_prompt(lm, s) for s in scenarios], batch_size=batch_size))
     share = lambda kind: statistics.mean(a == s.faker for a, s in zip(said, scenarios, strict=True) if s.overseen is kind)
     return dict(overseen=share(True), unoverseen=share(False), invalid=said.count(""))
+
+# %% ../../nbs/11a_alignment_faker.ipynb #f1c6a988
+def prompts_by_kind(
+    lm: LM, # the alignment faker
+    split: str = "test", # "train", "validation" or "test"
+    n: int = 50, # scenarios of each kind
+    seed: int | str = 0, # of the draw
+) -> dict[str, list[str]]: # {"overseen": ..., "unoverseen": ...}
+    "Prompts of n scenarios of each kind."
+    kinds = dict(overseen=True, unoverseen=False)
+    return {name: [scenario_prompt(lm, s) for s in make_scenarios(split, n, seed, overseen=kind)] for name, kind in kinds.items()}
 
 # %% ../../nbs/11a_alignment_faker.ipynb #d648cb7e
 def free_text_accuracy(
