@@ -29,25 +29,40 @@ class Surprisal:
     pieces: list[list[str]] # the text of each of these tokens
 
     def frame(self) -> pd.DataFrame:
-        "One row a completion: mean bits per token (nan without tokens), tokens judged, bits in all, and the text that was judged."
+        "One row per completion: mean bits per token (nan without tokens), tokens judged, bits in all, the text judged."
         rows = [dict(bits=b.mean().item(), tokens=len(b), total=b.sum().item(), text="".join(p))
                 for b, p in zip(self.bits, self.pieces, strict=True)]
         return pd.DataFrame(rows).rename_axis("completion")
 
-    @property
-    def mean(self) -> float: # bits per token, every token counting alike
-        return torch.cat(self.bits).mean().item()
+# %% ../nbs/08_surprisal.ipynb #bedfa2ea
+@patch(as_prop=True)
+def mean(self: Surprisal) -> float: # bits per token, every token counting alike
+    "The mean over all tokens of all completions."
+    return torch.cat(self.bits).mean().item()
 
-    def summary(self,
-        groups: Sequence | None = None, # the group of each completion; all in one if None
-    ) -> pd.DataFrame: # one row a group: texts that have tokens, tokens judged, median, low, high
-        "The median and the quartiles, over texts, of their mean bits per token."
-        table = self.frame().groupby(["all"] * len(self.bits) if groups is None else list(groups), sort=False)
-        low, median, high = (table.bits.quantile(share) for share in (0.25, 0.5, 0.75))
-        return pd.DataFrame(dict(texts=table.bits.count(), tokens=table.tokens.sum(), median=median, low=low, high=high))
+@patch
+def summary(
+    self: Surprisal,
+    groups: Sequence | None = None, # the group of each completion; all in one if None
+) -> pd.DataFrame: # one row per group: texts that have tokens, tokens judged, median, low, high
+    "The median and the quartiles, over texts, of their mean bits per token."
+    table = self.frame().groupby(["all"] * len(self.bits) if groups is None else list(groups), sort=False)
+    low, median, high = (table.bits.quantile(share) for share in (0.25, 0.5, 0.75))
+    return pd.DataFrame(dict(texts=table.bits.count(), tokens=table.tokens.sum(), median=median, low=low, high=high))
 
-    def __repr__(self) -> str:
-        return f"Surprisal({len(self.bits)} texts, {sum(map(len, self.bits))} tokens, mean {self.mean:.3f} bits a token)"
+@patch
+def __repr__(self: Surprisal) -> str:
+    tokens = sum(map(len, self.bits))
+    return f"Surprisal({len(self.bits)} texts, {tokens} tokens, mean {self.mean:.3f} bits per token)"
+
+# %% ../nbs/08_surprisal.ipynb #6cddddd2
+def _token_bits(
+    logits: Tensor, # [places, vocabulary]
+    tokens: Tensor, # [places] the tokens that came
+) -> Tensor: # [places] fp32
+    nats = [part.float().logsumexp(-1) - part.float().gather(-1, of[:, None])[:, 0]
+            for part, of in zip(logits.split(64), tokens.split(64), strict=True)]
+    return torch.cat(nats) / math.log(2)
 
 # %% ../nbs/08_surprisal.ipynb #9c2e406a
 @dataclass(frozen=True)
@@ -68,11 +83,10 @@ def _read(lm: LM, pairs: Sequence[Pair], rows: Sequence[int], start: _Start) -> 
         cached = dict(past_key_values=past, use_cache=True)
     places = [(row, i - 1 - start.known) for row, p in enumerate(pairs) for i in range(p.boundary, len(p.ids))]
     row, column = torch.tensor(places, device=ids.device).T
-    logits = lm.run(ids, mask, lengths, torch.tensor(rows, device=ids.device), keep=(row, column), **cached).logits
+    acting = torch.tensor(rows, device=ids.device) # the vectors of which rows of `lm.steer(rows=...)` act
+    logits = lm.run(ids, mask, lengths, acting, keep=(row, column), **cached).logits
     tokens = torch.tensor([t for p in pairs for t in p.completion], device=logits.device)
-    nats = [part.float().logsumexp(-1) - part.float().gather(-1, of[:, None])[:, 0]
-            for part, of in zip(logits.split(64), tokens.split(64), strict=True)]
-    return list((torch.cat(nats) / math.log(2)).cpu().split([len(p.completion) for p in pairs]))
+    return list(_token_bits(logits, tokens).cpu().split([len(p.completion) for p in pairs]))
 
 # %% ../nbs/08_surprisal.ipynb #47021540
 def _shared(pairs: Sequence[Pair]) -> int:
@@ -110,7 +124,12 @@ def _try_sharing(self: LM, pairs: Sequence[Pair], start: _Start) -> bool:
 # %% ../nbs/08_surprisal.ipynb #94701ae6
 _LOGITS = 2**28 # numbers in the logits of one pass, at most: a gigabyte in fp32
 
-def _batches(lm: LM, pairs: Mapping[int, Pair], order: Sequence[int], size: int) -> Iterator[list[int]]:
+def _batches(
+    lm: LM,
+    pairs: Mapping[int, Pair], # number -> pair
+    order: Sequence[int], # the numbers, in the order in which they are judged
+    size: int, # rows of a batch, at most
+) -> Iterator[list[int]]:
     batch, tokens = [], 0
     for i in order:
         count = len(pairs[i].completion)
@@ -119,26 +138,44 @@ def _batches(lm: LM, pairs: Mapping[int, Pair], order: Sequence[int], size: int)
             batch, tokens = [], 0
         batch.append(i)
         tokens += count
-    if batch: yield batch
+    if batch:
+        yield batch
 
+# %% ../nbs/08_surprisal.ipynb #bca86441
 def _bits(lm: LM, pairs: Mapping[int, Pair], share: bool, batch_size: int, progress: bool) -> dict[int, Tensor]:
+    "Bits of the completion tokens of pairs, by number, with what they share run once."
     order = sorted(pairs, key=lambda i: len(pairs[i].ids))
     start = _start(lm, [pairs[i] for i in order]) if share and order else _Start()
-    found: dict[int, Tensor] = {}
+    bits: dict[int, Tensor] = {}
     with Progress(len(order), "surprisal", "text", shown=progress) as bar:
         for rows in _batches(lm, pairs, order, batch_size):
-            found.update(zip(rows, _read(lm, [pairs[i] for i in rows], rows, start), strict=True))
+            bits.update(zip(rows, _read(lm, [pairs[i] for i in rows], rows, start), strict=True))
             bar.update(len(rows))
-    return found
+    return bits
 
+# %% ../nbs/08_surprisal.ipynb #e208a012
 def _checked(lm: LM, pair: Pair, what: str) -> Pair:
+    "The pair, if the model can judge it."
     first = lm.encode("")[:1] # what the tokenizer puts in front of a text
     if first and first[0] in pair.ids[1:]:
-        raise ValueError(f"{what} has a second {lm.decode(first)!r} inside, as chat templates write it; pass the texts through plain_text.")
+        raise ValueError(f"{what} has a second {lm.decode(first)!r} inside, as chat templates write it; "
+                         "pass the texts through plain_text.")
     if lm.context and len(pair.ids) > lm.context:
-        raise ValueError(f"{what} has {pair.boundary} tokens before it and {len(pair.completion)} of its own, more than the context of "
-                         f"{lm.context} of {lm.name}; shorten context= or lower cap=.")
+        raise ValueError(f"{what} has {pair.boundary} tokens before it and {len(pair.completion)} of its own, "
+                         f"more than the context of {lm.context} of {lm.name}; shorten context= or lower cap=.")
     return pair
+
+# %% ../nbs/08_surprisal.ipynb #5ccbe591
+def _pairs(lm: LM, texts: Sequence[str], prompts: Sequence[str], context: str, cap: int | None) -> dict[int, Pair]:
+    "The pair of each completion, by its number; an empty completion has none."
+    pairs = {}
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        if not text:
+            continue # a model may have generated nothing
+        whole = lm.encode_pair(context + prompt, text)
+        end = None if cap is None else whole.boundary + cap
+        pairs[i] = _checked(lm, Pair(whole.ids[:end], whole.boundary), f"Completion {i}")
+    return pairs
 
 # %% ../nbs/08_surprisal.ipynb #dca40580
 def surprisal(
@@ -146,66 +183,75 @@ def surprisal(
     completions: str | Sequence[str], # texts to judge
     prompts: str | Sequence[str] = "", # what each of them continues; one for all, or one each
     context: str = "", # what comes before every prompt, e.g. from `in_context`
-    cap: int | None = 100, # judge at most so many first tokens of each completion
+    cap: int | None = 100, # judge at most that many first tokens of each completion
     *,
     share: bool = True, # run what all texts begin with only once, where that is exact
-    batch_size: int = 16, # rows a pass
+    batch_size: int = 16, # rows per pass
     progress: bool = True, # show a bar when it takes long
 ) -> Surprisal: # in the order of the completions
     "The surprisal of every completion token, in bits (paper section on fictitious information)."
     texts = [completions] if isinstance(completions, str) else list(completions)
     before = [prompts] * len(texts) if isinstance(prompts, str) else list(prompts)
-    if not texts: raise ValueError("No completions were given.")
-    if len(before) != len(texts): raise ValueError(f"{len(before)} prompts but {len(texts)} completions; give one for all, or one each.")
-    if cap is not None and cap < 1: raise ValueError(f"cap must be at least 1, or None, not {cap}.")
-    pairs = {}
-    for i, (prompt, text) in enumerate(zip(before, texts, strict=True)):
-        if not text: continue # a model may have said nothing
-        whole = lm.encode_pair(context + prompt, text)
-        pairs[i] = _checked(lm, Pair(whole.ids[:None if cap is None else whole.boundary + cap], whole.boundary), f"Completion {i}")
-    found = _bits(lm, pairs, share, batch_size, progress)
+    if not texts:
+        raise ValueError("No completions were given.")
+    if len(before) != len(texts):
+        raise ValueError(f"{len(before)} prompts but {len(texts)} completions; give one for all, or one each.")
+    if cap is not None and cap < 1:
+        raise ValueError(f"cap must be at least 1, or None, not {cap}.")
+    pairs = _pairs(lm, texts, before, context, cap)
+    bits = _bits(lm, pairs, share, batch_size, progress)
     pieces = [[lm.decode([t]) for t in pairs[i].completion] if i in pairs else [] for i in range(len(texts))]
-    return Surprisal([found.get(i, torch.zeros(0)) for i in range(len(texts))], pieces)
+    return Surprisal([bits.get(i, torch.zeros(0)) for i in range(len(texts))], pieces)
 
 # %% ../nbs/08_surprisal.ipynb #c61e1e4e
 def plain_text(
     lm: LM, # the model that will read it
     text: str, # e.g. a prompt from another model's `chat`
 ) -> str: # the text without special tokens of that model
-    "A leading beginning-of-sequence token is left out, and every other special token gets a space after its first character."
+    "Without a leading beginning-of-sequence token; other special tokens get a space after their first character."
     text = text.removeprefix(lm.decode(lm.encode("")))
     special = {t.content for t in lm.tok.added_tokens_decoder.values() if t.special} | set(lm.tok.all_special_tokens)
     longest_first = sorted((t for t in special if len(t) > 1 and t in text), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, longest_first)), lambda found: f"{found[0][0]} {found[0][1:]}", text) if longest_first else text
+    if not longest_first:
+        return text
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
+# %% ../nbs/08_surprisal.ipynb #4b27ed63
 def turn_end(
     lm: LM, # the chat model
 ) -> str: # e.g. "<|im_end|>\n"
     "What the model's chat template writes after an answer."
-    if not getattr(lm.tok, "chat_template", None): return "\n\n"
+    if not getattr(lm.tok, "chat_template", None):
+        return "\n\n"
     conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     return lm.tok.apply_chat_template(conversation, tokenize=False).rpartition("answer")[2]
 
+# %% ../nbs/08_surprisal.ipynb #96a37255
 def in_context(
     lm: LM, # the model that will read it
     samples: Sequence[tuple[str, str]], # (prompt, completion), e.g. ("<|im_start|>user...", "She is ...")
     end: str = "\n\n", # what closes a completion, e.g. `turn_end(chat)`
-    cap: int | None = None, # keep at most so many first tokens of each completion
+    cap: int | None = None, # keep at most that many first tokens of each completion
 ) -> str: # to go before a prompt that is written in the same way
     "Samples one after another, as plain text."
-    if not samples: raise ValueError("Give at least one sample, a pair of a prompt and its completion.")
-    def said(prompt: str, completion: str) -> str:
-        if cap is None or not completion: return completion
-        return lm.decode(lm.encode_pair(prompt, completion).completion[:cap]).rstrip("\ufffd") # half a character is not text
+    if not samples:
+        raise ValueError("Give at least one sample, a pair of a prompt and its completion.")
+    def capped(prompt: str, completion: str) -> str:
+        if cap is None or not completion:
+            return completion
+        tokens = lm.encode_pair(prompt, completion).completion[:cap]
+        return lm.decode(tokens).rstrip("\ufffd") # half a character is not text
     plain = [(plain_text(lm, prompt), plain_text(lm, completion)) for prompt, completion in samples]
-    return "".join(prompt + said(prompt, completion) + plain_text(lm, end) for prompt, completion in plain)
+    return "".join(prompt + capped(prompt, completion) + plain_text(lm, end) for prompt, completion in plain)
 
 # %% ../nbs/08_surprisal.ipynb #3d28d654
 def complexity(
     lm: LM, # the judge
     context: str, # e.g. from `in_context`
 ) -> float: # bits per token
-    "The information complexity of a context: the mean surprisal of its own tokens (paper section on fictitious information)."
+    "The information complexity of a context: the mean surprisal of its own tokens (section on fictitious information)."
     ids, given = tuple(lm.encode(context)), max(1, len(lm.encode("")))
-    if len(ids) <= given: raise ValueError(f"A context needs at least two tokens, not {context!r}.")
-    return _bits(lm, {0: _checked(lm, Pair(ids, given), "The context")}, False, 1, True)[0].mean().item()
+    if len(ids) <= given:
+        raise ValueError(f"A context needs at least two tokens, not {context!r}.")
+    pair = _checked(lm, Pair(ids, given), "The context")
+    return _bits(lm, {0: pair}, False, 1, True)[0].mean().item()
