@@ -5,6 +5,7 @@ from oneshot_steering.calibrate import *
 from oneshot_steering.datasets import *
 from oneshot_steering.evaluate import *
 from oneshot_steering.export import *
+from oneshot_steering.figure import *
 from oneshot_steering.geometry import *
 from oneshot_steering.lm import *
 from oneshot_steering.objective import *
@@ -19,9 +20,11 @@ from oneshot_steering.organisms import (
     train_organism,
     without_adapter,
 )
+from oneshot_steering.panel import *
 from oneshot_steering.plot import *
 from oneshot_steering.recipes import *
+from oneshot_steering.slider import *
 from oneshot_steering.steering import *
 from oneshot_steering.study import *
 from oneshot_steering.surprisal import *
-from oneshot_steering.widgets import *
+from oneshot_steering.widget_base import *

@@ -33,9 +33,10 @@ from .evaluate import flip_table, read_under, text_rates
 from .lm import EMBEDDED, LM, load_lm
 from .organisms import ORGANISMS, load_organism, organism, train_organism
 from .organisms.alignment_faker import prompts_by_kind
+from .panel import OptimizerPanel, optimizer_panel
 from .plot import plot_fit, plot_flips
+from .slider import SliderApp, steering_slider
 from .steering import Steering, load_steering
-from .widgets import OptimizerPanel, SliderApp, optimizer_panel, steering_slider
 
 # %% auto #0
 __all__ = ['flip_demo', 'text_demo', 'model_named', 'dashboard', 'page_notebook', 'parser', 'main']

@@ -21,9 +21,9 @@ import torch
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
+from oneshot_steering.figure import steering_figure
 from oneshot_steering.lm import tiny_lm
 from oneshot_steering.steering import Steering
-from oneshot_steering.widgets import steering_figure
 
 ARTIFACTS = Path(__file__).parent / "artifacts"
 TUTORIALS = Path(__file__).parent.parent / "nbs" / "tutorials"

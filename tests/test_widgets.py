@@ -15,23 +15,14 @@ import pytest
 import torch
 
 from oneshot_steering.calibrate import Calibration
+from oneshot_steering.figure import Piece, _Spelling, dials, steered_pieces, steering_figure, tint, tinted
 from oneshot_steering.lm import tiny_lm
 from oneshot_steering.objective import Example
 from oneshot_steering.optimize import optimize
+from oneshot_steering.panel import optimizer_panel
+from oneshot_steering.slider import steering_slider
 from oneshot_steering.steering import Steering, Steerings, load_steering
-from oneshot_steering.widgets import (
-    Newest,
-    Piece,
-    _Spelling,
-    dials,
-    optimizer_panel,
-    steered_pieces,
-    steering_figure,
-    steering_slider,
-    tint,
-    tinted,
-    twin,
-)
+from oneshot_steering.widget_base import LatestOnlyWorker, twin
 
 WIDGETS = ipywidgets.widgets.widget._instances
 
@@ -72,7 +63,7 @@ def nothing_left():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_streamed_text_is_what_generate_gives(architecture, temperature):
     lm, one, two = tiny_lm(architecture), random_vector(1), random_vector(2, seed=1)
-    steps = list(steered_pieces(lm, ["the fox"] * 3, [None, one, one + two], 12, temperature, seed=3))
+    steps = list(steered_pieces(lm, ["the fox"] * 3, [None, one, one + two], max_new_tokens=12, temperature=temperature, seed=3))
     for row, acting in enumerate([(), (one,), (one, two)]):
         with lm.steer(*acting):
             said = lm.generate("the fox", max_new_tokens=12, temperature=temperature, seed=3)
@@ -83,7 +74,7 @@ def test_streamed_text_is_what_generate_gives(architecture, temperature):
 def test_every_token_has_its_probability_with_and_without_the_vectors():
     lm, acting = endless_lm(), random_vector(1) + random_vector(2, seed=1)
     start = lm.encode("the fox")
-    pieces = [p for (p,) in steered_pieces(lm, ["the fox"], [acting], 10) if p]
+    pieces = [p for (p,) in steered_pieces(lm, ["the fox"], [acting], max_new_tokens=10) if p]
     with lm.steer(acting):
         ids = [step[0] for step in lm.decode_steps([start], 10)]
     batch, mask = lm.pad([start + ids])
@@ -99,7 +90,7 @@ def test_every_token_has_its_probability_with_and_without_the_vectors():
 
 def test_an_abandoned_text_leaves_no_hook():
     lm = tiny_lm()
-    steps = steered_pieces(lm, ["the fox"], [random_vector()], 50)
+    steps = steered_pieces(lm, ["the fox"], [random_vector()], max_new_tokens=50)
     next(steps)
     assert lm.steered == 1
     steps.close()
@@ -166,20 +157,20 @@ def test_fits_and_calibrations_stand_for_their_vectors():
 def test_a_failure_is_reported_and_the_next_request_done():
     done, failures = [], []
 
-    def work(request, turn):
-        if request == "bad":
+    def work(what, request):
+        if what == "bad":
             raise RuntimeError("no")
-        done.append(request)
+        done.append(what)
 
-    newest = Newest(work, lambda error, turn: failures.append((str(error), turn.number)))
-    newest.ask("bad")
-    assert newest.wait(5) and failures == [("no", 1)]
-    newest.ask("good")
-    assert newest.wait(5) and done == ["good"]
-    newest.close()
-    newest.close()
+    worker = LatestOnlyWorker(work, lambda error, request: failures.append((str(error), request.number)))
+    worker.ask("bad")
+    assert worker.wait(5) and failures == [("no", 1)]
+    worker.ask("good")
+    assert worker.wait(5) and done == ["good"]
+    worker.close()
+    worker.close()
     with pytest.raises(RuntimeError, match="closed"):
-        newest.ask("late")
+        worker.ask("late")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox", "phi"])
@@ -296,7 +287,7 @@ def test_layer_mode_prompt_and_length_can_be_chosen():
 
 def test_zero_and_the_calibrated_strength_are_marked():
     with steering_slider(tiny_lm(), random_vector(), "a", calibrated=3.0, max_new_tokens=2) as app:
-        slider, marks = app.sliders[0], app.box.children[1].children[1].value
+        slider, marks = app.sliders[0], app.box.children[2].children[0].children[1].value
         assert (slider.min, slider.max, slider.value) == (-3.0, 3.0, 3.0)
         assert 'left:50%">0<' in marks and "calibrated 3" in marks
         app.wait()
@@ -311,7 +302,7 @@ def test_score_and_kl_are_drawn_for_what_was_visited():
         assert {w.strengths for w in app.visits} == {(0.0,), (1.0,), (-0.5,)}
         kl, score = next(v for w, v in app.visits.items() if w.strengths == (-0.5,))
         assert kl > 0 and score == len(text_of(app.steered))
-        assert re.search(r'alt="KL \S+ nats a token, score \d+ at strength -0.5 of vector; 3 strengths visited"', app.plot.value)
+        assert re.search(r'alt="KL \S+ nats per token, score \d+ at strength -0.5 of vector; 3 strengths visited"', app.plot.value)
 
 
 def test_an_error_is_shown_and_the_next_drag_works():
@@ -355,7 +346,7 @@ def test_closing_frees_everything():
     app.closing.click()  # in the middle of a text
     app.close()
     assert not thread.is_alive() and app.worker is None
-    app.ask()
+    app.update()
     gc.collect()
     assert made() is None, "something still holds the model"
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in lm.model.modules())
