@@ -1,13 +1,13 @@
 """Calibration: the strongest effect inside a budget, in few evaluations, beside a fine grid."""
 
 import math
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from oneshot_steering import calibrate as calibrate_module
 from oneshot_steering.calibrate import Budget, calibrate, mean_score, strength_curve
 from oneshot_steering.evaluate import Contains, RefusalOdds, side_effects
 from oneshot_steering.lm import block_input, tiny_lm
@@ -94,7 +94,7 @@ def test_any_growth_of_damage(lm, vector, monkeypatch, budget, shape, growth):
         kl, ratio = zip(*(GROWTH[growth](abs(c)) for c in strengths), strict=True)
         return pd.DataFrame(dict(strength=strengths, kl=kl, ratio=np.exp(ratio), dose=strengths))
 
-    monkeypatch.setattr(calibrate_module, "_damage", damage)
+    monkeypatch.setattr(sys.modules["oneshot_steering.calibrate"], "_damage", damage)
     found = calibrate(lm, vector, shaped(SHAPES[shape], vector), budget, start=8.0 if growth == "linear" else 0.3)
     assert found.evaluations <= 8
     check(found, shape, inside_grid(found, lambda strengths: [budget.used(r) for r in damage(lm, vector, strengths, ()).itertuples()], 1))

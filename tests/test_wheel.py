@@ -85,7 +85,7 @@ def test_metadata_is_that_of_settings_ini(built):
     assert metadata["Requires-Python"] == f">={cfg['min_python']}"
     assert "Apache-2.0" in (metadata["License-Expression"] or metadata["License"])
     extras = {key.removesuffix("_requirements") for key in cfg if key.endswith("_requirements")}
-    assert set(metadata.get_all("Provides-Extra")) == extras >= {"dev", "widgets", "ray", "eval", "gguf"}
+    assert set(metadata.get_all("Provides-Extra")) == extras == {"dev", "widgets", "docs", "eval"}
     assert not re.search(r"\]\((?![a-z]+:|#)", metadata.get_payload()), "a relative link would be broken on a package index"
     entry_points = archive.read(f"{folder}/entry_points.txt").decode()
     assert "oneshot-steering = oneshot_steering.cli:main" in entry_points
