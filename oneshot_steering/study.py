@@ -41,13 +41,16 @@ class Study:
         uneven = {key for each in flat.values() for key in each} - set.intersection(*map(set, flat.values()))
         if uneven: raise ValueError(f"{name}: not every scale sets {', '.join(sorted(uneven))}.")
         if unknown := set(settings or {}) - set(flat[scale]):
-            raise ValueError(f"{name} has no setting {', '.join(sorted(unknown))}; there are {', '.join(flat[scale])}.")
+            given, possible = ', '.join(sorted(unknown)), ', '.join(flat[scale])
+            raise ValueError(f"{name} has no setting {given}; there are {possible}.")
         self.name, self.scale, self.settings = name, scale, {**flat[scale], **(settings or {})}
         self._claims: list[dict] = []
 
     def __getattr__(self, setting: str):
-        if setting in (settings := vars(self).get("settings", {})): return settings[setting]
-        raise AttributeError(f"{vars(self).get('name', 'This study')} has no setting {setting!r}; there are {', '.join(settings)}.")
+        settings = vars(self).get("settings", {})
+        if setting in settings: return settings[setting]
+        name = vars(self).get("name", "This study")
+        raise AttributeError(f"{name} has no setting {setting!r}; there are {', '.join(settings)}.")
 
     def __repr__(self) -> str: return f"Study({self.name} at {self.scale} scale)"
 
@@ -81,7 +84,7 @@ def describe_fit(
     lm: LM, # for the dose
     fit: Fit | Steering, # what `optimize` gave, or any vector
 ) -> dict[str, float]: # losses in nats
-    "Norm and dose of a vector; for a fit also its steps, its loss before and after, and the sum of its targets if all terms have one."
+    "Norm and dose of a vector; for a fit also steps, loss before and after, and the sum of its targets."
     steering = fit.steering if isinstance(fit, Fit) else fit
     row = dict(norm=steering.norm, dose=lm.dose(steering))
     if steering is fit: return row
@@ -214,14 +217,15 @@ def read_claims(
     name: str, # of the study
     scale: str, # of the run that saved them
     folder: str | Path = "claims", # next to the notebook
-) -> pd.DataFrame: # claim, the paper reports, we measure, holds; value, low, high, reported (numbers or nan); headline
+) -> pd.DataFrame: # `CLAIM_COLUMNS`; value, low, high and reported are numbers or nan; headline
     "The claims that the last run of a study at this scale saved; without a file none, and a line that says so."
     path = _path(name, scale, folder)
     if not path.exists():
-        print(f"No claims of {name} at {scale} scale are saved yet: the last cell of a run saves them (a smoke test saves none).")
-        return pd.DataFrame({c: pd.Series(dtype=bool if c == "headline" else float if c in _NUMBERS else str) for c in _COLUMNS})
-    table = pd.read_csv(path, dtype=dict.fromkeys(CLAIM_COLUMNS, str), keep_default_na=False, na_values={c: [""] for c in _NUMBERS})
-    return table[_COLUMNS]
+        print(f"No claims of {name} at {scale} scale are saved yet: the last cell saves them (none in a smoke test).")
+        types = dict.fromkeys(CLAIM_COLUMNS, str) | dict.fromkeys(_NUMBERS, float) | dict(headline=bool)
+        return pd.DataFrame({column: pd.Series(dtype=kind) for column, kind in types.items()})
+    texts, empty = dict.fromkeys(CLAIM_COLUMNS, str), {column: [""] for column in _NUMBERS}
+    return pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=empty)[_COLUMNS]
 
 # %% ../nbs/12a_study.ipynb #1ff66953
 @patch
@@ -242,6 +246,8 @@ def claims_table(
 ) -> pd.DataFrame: # study, claim, the paper reports, we measure, holds
     "The claims of every study of one scale. Raises `FileNotFoundError` where there are none."
     names = sorted(f.stem.removesuffix(f"-{scale}") for f in Path(folder).glob(f"*-{scale}.csv"))
-    if not names: raise FileNotFoundError(f"No claims of scale {scale!r} in {Path(folder).resolve()}: run the studies at that scale first.")
+    if not names:
+        place = Path(folder).resolve()
+        raise FileNotFoundError(f"No claims of scale {scale!r} in {place}: run the studies at that scale first.")
     table = pd.concat([read_claims(name, scale, folder).assign(study=name) for name in names], ignore_index=True)
     return table[table.headline | (not headline)][["study", *CLAIM_COLUMNS]].reset_index(drop=True)

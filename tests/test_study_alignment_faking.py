@@ -86,13 +86,13 @@ def test_it_runs_at_the_scale_of_the_paper_and_keeps_its_claims(executed):
 
 
 def test_scenarios_with_an_error_are_left_out_and_all_others_used(executed):
-    assert f"'overseen': {len(THINGS)}, 'unoverseen': {len(THINGS)}" in output(executed, "lm = study.load")
+    assert f"'overseen': {len(THINGS)}, 'unoverseen': {len(THINGS)}" in output(executed, "lm = load_model")
 
 
 def test_both_ways_of_counting_flips_are_shown(executed):
-    shown = output(executed, "ways = {")
+    shown = output(executed, "tables = {")
     assert all(column in shown for column in ("flips", "invalid", "any change", "to harmful", "to honest", "paper"))
 
 
 def test_the_question_in_words_has_no_letters(executed):
-    assert "honest likelier" in output(executed, "def odds(")
+    assert "honest more likely" in output(executed, "def log_odds(")
