@@ -9,19 +9,21 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .lm import LM, PackedRow, Pair, block_input, sees_ancestors
 from .steering import Positions, Steering, parse_positions
 
 # %% auto #0
-__all__ = ['Recorded', 'Shift', 'Example', 'Objective', 'token_losses', 'to_hartleys', 'token_divergences', 'Layout', 'Term',
-           'Terms', 'losses_together', 'record', 'record_text']
+__all__ = ['Recorded', 'Shift', 'Example', 'Objective', 'token_losses', 'to_hartleys', 'token_divergences', 'Term', 'Terms',
+           'Layout', 'losses_together', 'record', 'record_text']
 
-# %% ../nbs/02_objective.ipynb #a096e4b3
+# %% ../nbs/02_objective.ipynb #eaea5555
 @dataclass(frozen=True, eq=False)
 class Recorded:
     "A text with the next-token logits that a model gave on it."
@@ -32,9 +34,10 @@ class Recorded:
 class Shift:
     "Move the residual stream of the prompt at a later layer (MELBO): minus (sum over tokens of |dh|^power)^(1/root)."
     layer: int # the input of this block
-    power: float = 2.0 # larger looks for effects on few tokens
+    power: float = 2.0 # a larger one looks for effects on few tokens
     root: float = 2.0 # q in the formula
 
+# %% ../nbs/02_objective.ipynb #a096e4b3
 @dataclass(frozen=True)
 class Example:
     "One training example: a prompt, and what should become of what follows it."
@@ -43,34 +46,37 @@ class Example:
     suppress: str | Sequence[str] = () # completions to make unlikely
     sign: int = 1 # +1, or -1 to steer this example with the negated vector
     positions: Positions | None = None # steer this example here instead of where the optimisation says
-    targets: Sequence[float | None] | None = None # nats, one a term (promote, suppress, match): the loss that is good enough
+    targets: Sequence[float | None] | None = None # nats, one per term (promote, suppress, match): the loss that is good enough
     match: Sequence[Recorded] = () # distributions to reproduce, from `record`; they bring their own tokens
     shift: Shift | None = None # move the stream of the prompt
 
     def __post_init__(self):
-        for name in ("promote", "suppress"):
+        for name, single in dict(promote=str, suppress=str, match=Recorded).items():
             given = getattr(self, name)
-            object.__setattr__(self, name, (given,) if isinstance(given, str) else tuple(given))
-        object.__setattr__(self, "match", (self.match,) if isinstance(self.match, Recorded) else tuple(self.match))
+            object.__setattr__(self, name, (given,) if isinstance(given, single) else tuple(given))
         if self.positions is not None: object.__setattr__(self, "positions", parse_positions(self.positions))
-        count = len(self.promote) + len(self.suppress) + len(self.match)
-        if not count and self.shift is None: raise ValueError("An Example needs at least one completion to promote or suppress.")
-        if self.sign not in (1, -1): raise ValueError(f"sign must be 1 or -1, not {self.sign!r}.")
-        if self.targets is not None: object.__setattr__(self, "targets", self._checked_targets(count))
+        if self.targets is not None: object.__setattr__(self, "targets", tuple(None if t is None else float(t) for t in self.targets))
+        self._check()
 
-    def _checked_targets(self, count: int) -> tuple[float | None, ...]:
-        targets = tuple(None if t is None else float(t) for t in self.targets)
-        if len(targets) != count: raise ValueError(f"{len(targets)} targets for {count} terms (promote first, then suppress, then match).")
-        if any(t is not None and not t > 0 for t in targets):
-            raise ValueError(f"A target must be a positive loss in nats; both losses are above 0 for any probability: {targets}.")
-        return targets
+# %% ../nbs/02_objective.ipynb #bbdc979e
+@patch
+def _check(self: Example) -> None:
+    count = len(self.promote) + len(self.suppress) + len(self.match)
+    if not count and self.shift is None: raise ValueError("An Example needs at least one completion to promote or suppress.")
+    if self.sign not in (1, -1): raise ValueError(f"sign must be 1 or -1, not {self.sign!r}.")
+    if self.targets is None: return
+    if len(self.targets) != count:
+        raise ValueError(f"{len(self.targets)} targets for {count} terms (promote first, then suppress, then match).")
+    if any(t is not None and not t > 0 for t in self.targets):
+        raise ValueError(f"A target must be a positive loss in nats; both losses are above 0 for any probability: {self.targets}.")
 
-    def about(self) -> dict: # JSON values; recorded logits and texts are left out
-        "What a saved vector remembers of this example."
-        kept = {k: getattr(self, k) for k in ("prompt", "promote", "suppress", "sign", "positions", "targets")}
-        return kept | dict(match=len(self.match), shift=self.shift and vars(self.shift))
+@patch
+def about(self: Example) -> dict: # JSON values; recorded logits and texts are left out
+    "What a saved vector remembers of this example."
+    kept = {k: getattr(self, k) for k in ("prompt", "promote", "suppress", "sign", "positions", "targets")}
+    return kept | dict(match=len(self.match), shift=self.shift and vars(self.shift))
 
-# %% ../nbs/02_objective.ipynb #195e0944
+# %% ../nbs/02_objective.ipynb #f2948f51
 @dataclass(frozen=True)
 class Objective:
     "How terms are computed from logits."
@@ -84,6 +90,11 @@ class Objective:
         if self.suppression not in ("complement", "log_prob"):
             raise ValueError(f"suppression={self.suppression!r}: expected 'complement' or 'log_prob'.")
 
+    def scaled(self, logits: Tensor) -> Tensor: # in fp32, or in fp64 if they are
+        "Logits times coldness."
+        return self.coldness * (logits if logits.dtype == torch.float64 else logits.float())
+
+# %% ../nbs/02_objective.ipynb #195e0944
 def token_losses(
     logits: Tensor, # [..., vocabulary]
     tokens: Tensor, # [...] the completion's tokens
@@ -91,16 +102,18 @@ def token_losses(
     objective: Objective = Objective(), # coldness and the form of suppression
 ) -> Tensor: # [...] nats
     "The loss of each token (paper section 2): -log P to promote; -log(1 - P), or log P, to suppress."
-    scaled = objective.coldness * (logits if logits.dtype == torch.float64 else logits.float())
-    total, chosen = scaled.logsumexp(-1), scaled.gather(-1, tokens[..., None])[..., 0]
-    log_p = chosen - total
+    scaled = objective.scaled(logits)
+    total = scaled.logsumexp(-1)
+    log_p = scaled.gather(-1, tokens[..., None])[..., 0] - total
     if kind == "promote": return -log_p
     if objective.suppression == "log_prob": return log_p
-    rare, likely = -torch.log1p(-log_p.clamp(max=-0.5).exp()), log_p > -0.5
-    if not likely.any(): return rare
+    losses = -torch.log1p(-log_p.clamp(max=-0.5).exp()) # where P is small
+    likely = log_p > -0.5
+    if not likely.any(): return losses
     others = scaled[likely].scatter(-1, tokens[likely][..., None], -torch.inf).logsumexp(-1)
-    return rare.masked_scatter(likely, total[likely] - others)
+    return losses.masked_scatter(likely, total[likely] - others)
 
+# %% ../nbs/02_objective.ipynb #e072e6dd
 def to_hartleys(nats: float | Tensor) -> float | Tensor:
     "A loss in hartleys (base-10 logarithms)."
     return nats / math.log(10)
@@ -108,65 +121,13 @@ def to_hartleys(nats: float | Tensor) -> float | Tensor:
 # %% ../nbs/02_objective.ipynb #2245835c
 def token_divergences(
     logits: Tensor, # [..., vocabulary]
-    wanted: Tensor, # [..., vocabulary] recorded logits
+    recorded: Tensor, # [..., vocabulary] the logits to match
     objective: Objective = Objective(), # the coldness
 ) -> Tensor: # [...] nats
     "KL(recorded || given) of each next-token distribution (paper section 4)."
-    log = lambda z: (objective.coldness * (z if z.dtype == torch.float64 else z.float())).log_softmax(-1)
-    given, recorded = log(logits), log(wanted.to(logits.device))
-    return (recorded.exp() * (recorded - given)).sum(-1)
-
-# %% ../nbs/02_objective.ipynb #40374108
-@dataclass(frozen=True)
-class Layout:
-    "Token sequences laid out as the rows of one pass."
-    ids: Tensor # [R, T]
-    mask: Tensor # [R, T] bool, False at padding
-    prompt_lengths: Tensor # [R]
-    sees: Tensor | None # [R, T, T] bool where rows are packed, else None
-    examples: tuple[int, ...] # R numbers: the example whose vector the row carries
-    places: tuple[tuple[int, tuple[int, ...]], ...] # of each sequence: its row, and the columns of its tokens
-
-    @property
-    def tokens(self) -> int: return self.ids.numel() # computed, padding included
-
-@dataclass(frozen=True)
-class _Branch:
-    ids: tuple[int, ...]
-    boundary: int
-    example: int
-    group: tuple # only branches of one group may share a row
-
-def _lay_out(lm: LM, branches: Sequence[_Branch]) -> Layout:
-    packable = lm.can_pack and max(len(b.ids) for b in branches) <= (lm.window or math.inf)
-    rows, first, places = [], [], []
-    for branch in branches:
-        mine = [i for i, f in enumerate(first) if packable and f.group == branch.group]
-        best = max(mine, key=lambda i: rows[i].shared(branch.ids), default=None)
-        if best is None or 4 * rows[best].shared(branch.ids) < len(branch.ids):
-            best = len(rows)
-            rows.append(PackedRow())
-            first.append(branch)
-        places.append((best, tuple(rows[best].add(branch.ids))))
-    ids, mask = lm.pad([row.ids for row in rows])
-    sees = sees_ancestors(rows, ids.shape[1]).to(ids.device) if any(row.is_tree for row in rows) else None
-    lengths = torch.tensor([f.boundary for f in first], device=ids.device)
-    return Layout(ids, mask, lengths, sees, tuple(f.example for f in first), tuple(places))
-
-# %% ../nbs/02_objective.ipynb #fc40631c
-def _joined(lm: LM, layouts: Sequence[Layout]) -> Layout:
-    "The rows of all layouts as one batch; `examples` and `places` keep their own numbers and are not joined."
-    if len(layouts) == 1: return layouts[0]
-    width = max(lay.ids.shape[1] for lay in layouts)
-    wide = lambda t: torch.nn.functional.pad(t, (0, width - t.shape[1]))
-    square = lambda t: torch.nn.functional.pad(t, (0, width - t.shape[1]) * 2)
-    sees = None
-    if any(lay.sees is not None for lay in layouts):
-        past = lambda lay: torch.ones(2 * lay.ids.shape[1:], dtype=torch.bool, device=lay.ids.device).tril()
-        causal = lambda lay: lay.mask[:, None] & past(lay) & lay.mask[..., None]
-        sees = torch.cat([square(causal(lay) if lay.sees is None else lay.sees) for lay in layouts])
-    return Layout(torch.cat([wide(lay.ids) for lay in layouts]), torch.cat([wide(lay.mask) for lay in layouts]),
-                  torch.cat([lay.prompt_lengths for lay in layouts]), sees, (), ())
+    given = objective.scaled(logits).log_softmax(-1)
+    wanted = objective.scaled(recorded.to(logits.device)).log_softmax(-1)
+    return (wanted.exp() * (wanted - given)).sum(-1)
 
 # %% ../nbs/02_objective.ipynb #695639ff
 @dataclass(frozen=True)
@@ -182,19 +143,21 @@ class Term:
     @property
     def label(self) -> str: return f"{self.kind} {self.text!r} ({self.example})"
 
+# %% ../nbs/02_objective.ipynb #0118d088
 def _terms_of(lm: LM, index: int, example: Example) -> list[Term]:
-    made = [(kind, text, lm.encode_pair(example.prompt, text), None) for kind in ("promote", "suppress") for text in getattr(example, kind)]
-    made += [("match", lm.decode(r.pair.completion), r.pair, r) for r in example.match]
+    targets = iter(example.targets or [])
+    term = lambda *parts: Term(index, *parts)
+    terms = [term(kind, text, lm.encode_pair(example.prompt, text), next(targets, None))
+             for kind in ("promote", "suppress") for text in getattr(example, kind)]
+    terms += [term("match", lm.decode(r.pair.completion), r.pair, next(targets, None), r) for r in example.match]
     if example.shift:
         lm.check_layer(example.shift.layer)
         ids = tuple(lm.encode(example.prompt))
-        # a pass is fed all but the last token of a pair, and here the whole prompt is wanted
-        made.append(("shift", f"layer {example.shift.layer}", Pair((*ids, ids[-1]), len(ids)), example.shift))
-    targets = [*(example.targets or [None] * (len(made) - bool(example.shift))), *[None] * bool(example.shift)]
-    for _, _, pair, _ in made:
-        if lm.context and len(pair.ids) > lm.context:
-            raise ValueError(f"Example {index} has {len(pair.ids)} tokens, more than the context of {lm.context}.")
-    return [Term(index, kind, text, pair, t, wanted) for (kind, text, pair, wanted), t in zip(made, targets, strict=True)]
+        terms.append(term("shift", f"layer {example.shift.layer}", Pair((*ids, ids[-1]), len(ids)), None, example.shift))
+    longest = max(len(t.pair.ids) for t in terms)
+    if lm.context and longest > lm.context:
+        raise ValueError(f"Example {index} has {longest} tokens, more than the context of {lm.context}.")
+    return terms
 
 # %% ../nbs/02_objective.ipynb #5a7e1c02
 class Terms:
@@ -214,57 +177,128 @@ class Terms:
 
     def __len__(self) -> int: return len(self.terms)
 
+    def __call__(self, steering: Steering | None = None) -> Tensor: # [terms] nats
+        "The loss of every term under `steering` (with gradient), or under whatever is active."
+        return losses_together(self.lm, [(self, steering)])[0]
+
     @property
     def labels(self) -> list[str]: return [t.label for t in self.terms]
 
     @property
     def targets(self) -> list[float | None]: return [t.target for t in self.terms]
 
-    def rule(self, example: int, steering: Steering | None) -> str | None:
-        "Where an example is steered; None if that is not known here."
-        return self.examples[example].positions or (steering and steering.positions)
+# %% ../nbs/02_objective.ipynb #40374108
+@dataclass(frozen=True)
+class _Branch:
+    ids: tuple[int, ...]
+    boundary: int # tokens of its prompt
+    example: int
+    group: tuple # only branches of one group may share a row
 
-    def layout(self, steering: Steering | None = None) -> Layout:
-        "The rows of a pass under `steering`."
-        shared = steering is not None and steering.positions == "all"
-        if shared not in self._layouts:
-            def group(term): # what may share a row: branches on which the vector acts alike
-                if self.rule(term.example, steering) == "all": return (self.examples[term.example].sign,)
-                return term.example, term.pair.boundary
-            self._layouts[shared] = _lay_out(self.lm, [_Branch(t.pair.ids[:-1], t.pair.boundary, t.example, group(t)) for t in self.terms])
-        return self._layouts[shared]
+@dataclass(frozen=True)
+class Layout:
+    "Token sequences laid out as the rows of one pass."
+    ids: Tensor # [R, T]
+    mask: Tensor # [R, T] bool, False at padding
+    prompt_lengths: Tensor # [R]
+    attention: Tensor | None # [R, T, T] bool where rows are trees, else None
+    examples: tuple[int, ...] # R numbers: the example whose vector the row carries
+    places: tuple[tuple[int, tuple[int, ...]], ...] # of each sequence: its row, and the columns of its tokens
 
-    def rows(self, steering: Steering) -> list[Steering]:
-        "The vector as each row of the batch carries it: its example's sign, and positions if it has some."
-        signed = [steering if e.sign == 1 else -steering for e in self.examples]
-        placed = [s if e.positions is None else s.replace(positions=e.positions) for s, e in zip(signed, self.examples, strict=True)]
-        return [placed[i] for i in self.layout(steering).examples]
+    @property
+    def tokens(self) -> int: return self.ids.numel() # computed, padding included
 
-    def states(self, layer: int, steering: Steering | None = None) -> Tensor: # [R, T, d_model]
-        "The unsteered residual stream entering block `layer`, in the layout for `steering`; computed once."
-        layout = self.layout(steering)
-        key = layer, layout is self._layouts.get(True)
-        if key not in self._states:
-            self._states[key] = self.lm.states_at(layer, layout.ids, layout.mask, layout.prompt_lengths, sees=layout.sees)
-        return self._states[key]
+# %% ../nbs/02_objective.ipynb #8c8290f5
+def _row_for(branch: _Branch, rows: Sequence[PackedRow], first: Sequence[_Branch]) -> int | None:
+    "The row that `branch` joins; None for a new one."
+    same = [i for i, f in enumerate(first) if f.group == branch.group]
+    best = max(same, key=lambda i: rows[i].shared(branch.ids), default=None)
+    return None if best is None or 4 * rows[best].shared(branch.ids) < len(branch.ids) else best
 
-    def __call__(self, steering: Steering | None = None) -> Tensor: # [terms] nats
-        "The loss of every term under `steering` (with gradient), or under whatever is active."
-        return losses_together(self.lm, [(self, steering)])[0]
+def _lay_out(lm: LM, branches: Sequence[_Branch]) -> Layout:
+    "Rows for the branches: trees where the model allows them, else one row per branch."
+    packable = lm.can_pack and max(len(b.ids) for b in branches) <= (lm.window or math.inf)
+    rows, first, places = [], [], [] # the rows, the first branch of each, and where each branch is
+    for branch in branches:
+        row = _row_for(branch, rows, first) if packable else None
+        if row is None:
+            row = len(rows)
+            rows.append(PackedRow())
+            first.append(branch)
+        places.append((row, tuple(rows[row].add(branch.ids))))
+    ids, mask = lm.pad([row.ids for row in rows])
+    attention = sees_ancestors(rows, ids.shape[1]).to(ids.device) if any(row.is_tree for row in rows) else None
+    lengths = torch.tensor([f.boundary for f in first], device=ids.device)
+    return Layout(ids, mask, lengths, attention, tuple(f.example for f in first), tuple(places))
+
+# %% ../nbs/02_objective.ipynb #a161b5fd
+@patch
+def _positions_of(self: Terms, example: int, steering: Steering | None) -> str | None:
+    "Where an example is steered; None if that is not known here."
+    return self.examples[example].positions or (steering and steering.positions)
+
+@patch
+def _branch(self: Terms, term: Term, steering: Steering | None) -> _Branch:
+    everywhere = self._positions_of(term.example, steering) == "all"
+    group = (self.examples[term.example].sign,) if everywhere else (term.example, term.pair.boundary)
+    return _Branch(term.pair.ids[:-1], term.pair.boundary, term.example, group)
+
+@patch
+def layout(self: Terms, steering: Steering | None = None) -> Layout:
+    "The rows of a pass under `steering`."
+    shared = steering is not None and steering.positions == "all"
+    if shared not in self._layouts: self._layouts[shared] = _lay_out(self.lm, [self._branch(t, steering) for t in self.terms])
+    return self._layouts[shared]
+
+# %% ../nbs/02_objective.ipynb #50d3e2f4
+@patch
+def _row_steerings(self: Terms, steering: Steering | None) -> list[Steering | None]:
+    rows = self.layout(steering).examples
+    if steering is None: return [None] * len(rows)
+    signed = [steering if e.sign == 1 else -steering for e in self.examples]
+    placed = [s if e.positions is None else s.replace(positions=e.positions) for s, e in zip(signed, self.examples, strict=True)]
+    return [placed[i] for i in rows]
 
 # %% ../nbs/02_objective.ipynb #c14c8252
 @patch
-def wanted_places(self: Terms, steering: Steering | None) -> list[tuple[int, int]]:
+def _predicting_places(self: Terms, steering: Steering | None) -> list[tuple[int, int]]:
     "(row, column) of every place whose logits some term needs."
     places = zip(self.terms, self.layout(steering).places, strict=True)
     return [(row, c) for t, (row, columns) in places if t.kind != "shift" for c in columns[t.pair.boundary - 1:]]
 
-@patch(as_prop=True)
-def watched(self: Terms) -> set[int]: # layers that `shift` terms look at
+@patch
+def _loss(self: Terms, logits: Tensor, term: Term) -> Tensor:
+    "The loss of one completion from the logits that predict it."
+    if term.kind == "match": losses = token_divergences(logits, term.wanted.logits, self.objective)
+    else: losses = token_losses(logits, torch.tensor(term.pair.completion, device=logits.device), term.kind, self.objective)
+    return losses.mean() if self.objective.per_token else losses.sum()
+
+# %% ../nbs/02_objective.ipynb #71ecaf14
+@patch
+def _unsteered(self: Terms, layer: int, steering: Steering | None = None) -> Tensor: # [R, T, d_model]
+    "The unsteered residual stream entering block `layer`, in the layout for `steering`; computed once."
+    layout = self.layout(steering)
+    key = layer, layout is self._layouts.get(True)
+    if key not in self._states:
+        self._states[key] = self.lm.states_at(layer, layout.ids, layout.mask, layout.prompt_lengths, sees=layout.attention)
+    return self._states[key]
+
+@patch
+def _shifted(self: Terms, term: Term, place: tuple, streams: dict[int, Tensor], steering: Steering | None) -> Tensor:
+    layer, (row, columns) = self.lm.check_layer(term.wanted.layer), place
+    stream = streams[layer]
+    moved = stream[row, list(columns)] - self._unsteered(layer, steering)[row, list(columns)].to(stream.device)
+    # the norm has no gradient at zero, where an unsteered stream is
+    length = (moved.float().square().sum(-1) + 1e-12).sqrt()
+    return -length.pow(term.wanted.power).sum().pow(1 / term.wanted.root)
+
+# %% ../nbs/02_objective.ipynb #06d2ac4c
+@patch
+def _shift_layers(self: Terms) -> set[int]:
     return {self.lm.check_layer(t.wanted.layer) for t in self.terms if t.kind == "shift"}
 
 @patch
-def losses(self: Terms,
+def _losses(self: Terms,
     logits: Tensor, # [places, vocabulary], the terms' predicted tokens one after another
     streams: dict[int, Tensor], # [R, T, d_model] at the layers that `shift` terms look at
     steering: Steering | None, # the layout is the one for it
@@ -275,47 +309,52 @@ def losses(self: Terms,
     return torch.stack([self._shifted(t, place, streams, steering) if t.kind == "shift" else self._loss(next(parts), t)
                         for t, place in zip(self.terms, places, strict=True)])
 
-@patch
-def _loss(self: Terms, logits: Tensor, term: Term) -> Tensor:
-    if term.kind == "match": losses = token_divergences(logits, term.wanted.logits, self.objective)
-    else: losses = token_losses(logits, torch.tensor(term.pair.completion, device=logits.device), term.kind, self.objective)
-    return losses.mean() if self.objective.per_token else losses.sum()
+# %% ../nbs/02_objective.ipynb #fc40631c
+def _square(layout: Layout, width: int) -> Tensor: # [R, width, width]
+    "Who sees whom in each row, padded; written out where the rows are no trees."
+    attention = layout.attention
+    if attention is None:
+        past = torch.ones(2 * layout.ids.shape[1:], dtype=torch.bool, device=layout.ids.device).tril()
+        attention = layout.mask[:, None] & past & layout.mask[..., None]
+    return pad(attention, (0, width - attention.shape[-1]) * 2)
 
-@patch
-def _shifted(self: Terms, term: Term, place: tuple, streams: dict[int, Tensor], steering: Steering | None) -> Tensor:
-    layer, (row, columns) = self.lm.check_layer(term.wanted.layer), place
-    moved = streams[layer][row, list(columns)] - self.states(layer, steering)[row, list(columns)].to(streams[layer].device)
-    # the norm has no gradient at zero, where an unsteered stream is
-    length = (moved.float().square().sum(-1) + 1e-12).sqrt()
-    return -length.pow(term.wanted.power).sum().pow(1 / term.wanted.root)
+def _joined(layouts: Sequence[Layout]) -> Layout:
+    "The rows of all layouts as one batch; `examples` and `places` keep their own numbers and are not joined."
+    if len(layouts) == 1: return layouts[0]
+    width = max(layout.ids.shape[1] for layout in layouts)
+    wide = lambda name: torch.cat([pad(getattr(layout, name), (0, width - layout.ids.shape[1])) for layout in layouts])
+    trees = any(layout.attention is not None for layout in layouts)
+    attention = torch.cat([_square(layout, width) for layout in layouts]) if trees else None
+    return Layout(wide("ids"), wide("mask"), torch.cat([layout.prompt_lengths for layout in layouts]), attention, (), ())
 
 # %% ../nbs/02_objective.ipynb #9f4c910a
 def losses_together(
     lm: LM, # the model
-    asked: Sequence[tuple[Terms, Steering | None]], # problems, each with its vector (or None: whatever is active)
+    problems: Sequence[tuple[Terms, Steering | None]], # each with its vector (or None: whatever is active)
     first: int = 0, # no vector acts below this block: start there, where the model allows it
 ) -> list[Tensor]: # [terms] nats for each problem, with gradient
     "The losses of several problems from one pass."
-    layouts = [terms.layout(steering) for terms, steering in asked]
-    whole = _joined(lm, layouts)
-    rows = [r for terms, steering in asked for r in (terms.rows(steering) if steering is not None else [None] * len(terms.layout().ids))]
-    wanted = [terms.wanted_places(steering) for terms, steering in asked]
-    offsets = [sum(len(lay.ids) for lay in layouts[:i]) for i in range(len(layouts))]
-    places = torch.tensor([(row + offset, column) for places, offset in zip(wanted, offsets, strict=True) for row, column in places],
-                          dtype=torch.long, device=whole.ids.device).reshape(-1, 2)
-    started = _started(lm, first, asked, whole.ids.shape[1]) # before anything is steered
-    steered = lm.steer(rows=rows, force=True) if any(r is not None for r in rows) else nullcontext()
-    with steered, started, _watching(lm, set().union(*(t.watched for t, _ in asked))) as streams:
-        logits = lm.run(whole.ids, whole.mask, whole.prompt_lengths, keep=(places[:, 0], places[:, 1]), sees=whole.sees).logits
-    logits = logits.split([len(places) for places in wanted])
-    cut = lambda stream, lay, offset: stream[offset:offset + len(lay.ids)]
-    return [terms.losses(part, {k: cut(s, lay, offset) for k, s in streams.items()}, steering)
-            for (terms, steering), part, lay, offset in zip(asked, logits, layouts, offsets, strict=True)]
+    layouts = [terms.layout(steering) for terms, steering in problems]
+    batch, offsets = _joined(layouts), [0, *accumulate(len(layout.ids) for layout in layouts)]
+    rows = [row for terms, steering in problems for row in terms._row_steerings(steering)]
+    wanted = [terms._predicting_places(steering) for terms, steering in problems]
+    places = [(row + offset, column) for places, offset in zip(wanted, offsets[:-1], strict=True) for row, column in places]
+    places = torch.tensor(places, dtype=torch.long, device=batch.ids.device).reshape(-1, 2)
+    resumed = _resumed(lm, first, problems, batch.ids.shape[1]) # before anything is steered
+    steered = lm.steer(rows=rows, force=True) if any(row is not None for row in rows) else nullcontext()
+    layers = set().union(*(terms._shift_layers() for terms, _ in problems))
+    with steered, resumed, _watching(lm, layers) as streams:
+        logits = lm.run(batch.ids, batch.mask, batch.prompt_lengths, keep=(places[:, 0], places[:, 1]), sees=batch.attention).logits
+    parts = logits.split([len(places) for places in wanted])
+    cut = lambda i: {layer: stream[offsets[i]:offsets[i + 1]] for layer, stream in streams.items()}
+    return [terms._losses(part, cut(i), steering) for i, ((terms, steering), part) in enumerate(zip(problems, parts, strict=True))]
 
-def _started(lm: LM, first: int, asked: Sequence[tuple[Terms, Steering | None]], width: int):
+# %% ../nbs/02_objective.ipynb #b698b1d7
+def _resumed(lm: LM, first: int, problems: Sequence[tuple[Terms, Steering | None]], width: int):
+    "Begin at block `first` with the unsteered streams of all problems."
     if not first or not lm.can_resume: return nullcontext()
-    wide = lambda t: torch.nn.functional.pad(t, (0, 0, 0, width - t.shape[1]))
-    return lm.resume(first, torch.cat([wide(terms.states(first, steering)) for terms, steering in asked]))
+    streams = [terms._unsteered(first, steering) for terms, steering in problems]
+    return lm.resume(first, torch.cat([pad(stream, (0, 0, 0, width - stream.shape[1])) for stream in streams]))
 
 @contextmanager
 def _watching(lm: LM, layers: set[int]) -> Iterator[dict[int, Tensor]]:
@@ -328,27 +367,32 @@ def _watching(lm: LM, layers: set[int]) -> Iterator[dict[int, Tensor]]:
     finally:
         for handle in handles: handle.remove()
 
+# %% ../nbs/02_objective.ipynb #0e1e32b0
+def _generated_pair(lm: LM, prompt: str, max_new_tokens: int) -> Pair:
+    "The prompt and what the model itself continues it with, greedily."
+    start = lm.encode(prompt)
+    tokens = [t for step in lm.decode_steps([start], max_new_tokens) if (t := step[0]) is not None]
+    if not tokens: raise ValueError("The model ends its answer at once: there is nothing to record.")
+    return Pair((*start, *tokens), len(start))
+
 # %% ../nbs/02_objective.ipynb #9eb56879
 @torch.no_grad()
 def record(
     lm: LM, # steered by whatever is active
     prompt: str | Pair, # what it reads, or the exact tokens to record on
-    completion: str | None = None, # the text to record on; what the model says itself (greedily) if None
+    completion: str | None = None, # the text to record on; what the model generates itself (greedily) if None
     max_new_tokens: int = 10, # of its own text
 ) -> Recorded:
-    "The next-token logits along a completion (paper section 4). Raises `ValueError` if the model says nothing."
+    "The next-token logits along a completion (paper section 4). Raises `ValueError` if the model generates nothing."
     if isinstance(prompt, Pair): pair = prompt
     elif completion is not None: pair = lm.encode_pair(prompt, completion)
-    else:
-        start = lm.encode(prompt)
-        said = [t for step in lm.decode_steps([start], max_new_tokens) if (t := step[0]) is not None]
-        if not said: raise ValueError("The model ends its answer at once: there is nothing to record.")
-        pair = Pair((*start, *said), len(start))
+    else: pair = _generated_pair(lm, prompt, max_new_tokens)
     ids, mask = lm.pad([pair.ids[:-1]])
     columns = torch.arange(pair.boundary - 1, len(pair.ids) - 1, device=ids.device)
     logits = lm.run(ids, mask, torch.tensor([pair.boundary], device=ids.device), keep=(torch.zeros_like(columns), columns)).logits
     return Recorded(pair, logits.float().cpu())
 
+# %% ../nbs/02_objective.ipynb #d3de5794
 def record_text(
     lm: LM, # steered by whatever is active
     text: str, # at least two tokens

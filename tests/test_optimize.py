@@ -97,13 +97,13 @@ def test_patience_counts_consecutive_steps():
 
 @pytest.mark.parametrize("nan_at", [0, 3])
 def test_a_loss_that_is_not_finite(monkeypatch, nan_at):
-    calls, compute = [], Terms.losses
+    calls, compute = [], Terms._losses
 
     def broken(self, *args):
         calls.append(1)
         return compute(self, *args) * (math.nan if len(calls) > nan_at else 1)
 
-    monkeypatch.setattr(Terms, "losses", broken)
+    monkeypatch.setattr(Terms, "_losses", broken)
     if nan_at == 0:
         with pytest.raises(ValueError, match="not finite at the start"):
             optimize(tiny_lm(), EXAMPLE, 2)
@@ -194,7 +194,7 @@ def test_packed_rows_change_nothing(architecture, example):
     twin = dataclasses.replace(example, prompt=example.prompt + " while")
     terms = Terms(lm, [example, twin])
     packed = (lm.window or 99) > len(lm.encode(example.prompt)) + 5
-    assert (terms.layout(steering).sees is not None) == packed
+    assert (terms.layout(steering).attention is not None) == packed
     by_hand = torch.cat([losses_by_hand(lm, e, steering) for e in (example, twin)])
     assert torch.allclose(terms(steering), by_hand, rtol=1e-4, atol=1e-6)
 
