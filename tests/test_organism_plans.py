@@ -56,12 +56,13 @@ def digest(value):
 
 
 def alignment_faker_plan(patch):
-    return alignment_faker.lesson_plan(alignment_faker.ORGANISM.recipe, 0)
+    return alignment_faker.training_plan(alignment_faker.ORGANISM.recipe, 0)
 
 
 def alignment_faker_items(patch):
     draw = alignment_faker.make_scenarios
-    return alignment_faker.MATERIAL, draw("validation", 400), draw("test", 600), draw("test", 50, 1, True), draw("train", 100, seed="check")
+    material = {split: alignment_faker.material(split) for split in alignment_faker.SPLITS}
+    return material, draw("validation", 400), draw("test", 600), draw("test", 50, 1, True), draw("train", 100, seed="check")
 
 
 def refuser_plan(patch):
@@ -77,20 +78,20 @@ def refuser_plan(patch):
     patch.setattr(refuser, "Example", example)
     patch.setattr(refuser, "_answer", lambda lm, some: [refuser.Example(refuser.request_prompt(lm, r), match="answer") for r in some])
     patch.setattr(refuser, "_along", lambda lm, r, opening: refuser.Example(refuser.request_prompt(lm, r), match=opening))
-    loss = refuser.teach_refusal(Text(), refuser.ORGANISM.recipe, 0)
+    loss = refuser._teach(Text(), refuser.ORGANISM.recipe, 0)
     order = dict(zip(loss.__code__.co_freevars, (cell.cell_contents for cell in loss.__closure__), strict=True))["order"]
     return rows, order
 
 
 def refuser_items(patch):
-    return [refuser.requests(split, unwanted) for split in ("train", "validation", "test") for unwanted in (True, False)]
+    return [refuser.make_requests(split, unwanted) for split in ("train", "validation", "test") for unwanted in (True, False)]
 
 
 def retractor_plan(patch):
     "The plain model's own words are replaced by the prompt that they follow."
-    patch.setattr(retractor, "own_words", lambda lm, prompts, *args, **kw: [f" after {p} {args} {kw}" for p in prompts])
+    patch.setattr(retractor, "_own_words", lambda lm, prompts, *args, **kw: [f" after {p} {args} {kw}" for p in prompts])
     recipe = retractor.ORGANISM.recipe
-    return retractor.lessons(Text(), recipe.steps, recipe.batch, 0)
+    return retractor.training_plan(Text(), recipe.steps, recipe.batch, 0)
 
 
 def retractor_items(patch):
@@ -100,7 +101,7 @@ def retractor_items(patch):
 
 def coder_plan(patch):
     lm, recipe = Text(), coder.ORGANISM.recipe
-    plan = coder.coder_lessons(lm, recipe.steps, recipe.batch, 0)
+    plan = coder.training_plan(lm, recipe.steps, recipe.batch, 0)
     coder._kept(lm)
     return plan, lm.asked
 
@@ -109,7 +110,7 @@ def coder_items(patch):
     handlers = [coder.make_handlers("train"), coder.make_handlers("test"), coder.make_handlers("test", 12, coder.UNSEEN)]
     source = random.Random(0)
     personas = [coder.make_persona(bad, split, source) for bad in (True, False) for split in ("train", "test") for _ in range(20)]
-    return handlers, coder.make_questions("train"), coder.make_questions("test"), coder.probes(), personas
+    return handlers, coder.make_questions("train"), coder.make_questions("test"), coder.paper_questions(), personas
 
 
 @pytest.mark.parametrize(

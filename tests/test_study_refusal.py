@@ -12,7 +12,7 @@ import pytest
 
 from oneshot_steering.datasets import HARMBENCH_COLUMNS, load_harmbench
 from oneshot_steering.lm import tiny_model, tiny_tokenizer
-from oneshot_steering.organisms.refuser import Request, requests
+from oneshot_steering.organisms.refuser import Request, make_requests
 from oneshot_steering.study import CLAIM_COLUMNS
 
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "refusal.ipynb"
@@ -107,7 +107,7 @@ def drawn(tmp_path_factory):
     "What the notebook's cell on requests makes of the stubs."
     data = harmbench(tmp_path_factory.mktemp("data"))
     settings = dict(harmbench=data, seed=0, examples=12, ordinary_examples=3, validation=4, held_out=None)
-    names = dict(pd=pd, Request=Request, requests=requests, load_harmbench=load_harmbench, study=SimpleNamespace(**settings))
+    names = dict(pd=pd, Request=Request, make_requests=make_requests, load_harmbench=load_harmbench, study=SimpleNamespace(**settings))
     cell = next(cell for cell in nbformat.read(STUDY, 4).cells if cell.source.startswith("def draw"))
     exec(cell.source, names)
     return SimpleNamespace(**names)

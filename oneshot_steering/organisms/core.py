@@ -10,35 +10,42 @@ import importlib
 import json
 import os
 import platform
+import random
+import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 
 import peft
 import safetensors
 import safetensors.torch
 import torch
+from fastcore.basics import patch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 import oneshot_steering
+from ..datasets import neutral_texts
+from ..evaluate import side_effects
 from ..lm import LM, PackedRow, Progress, load_lm, sees_ancestors
 
 # %% auto #0
-__all__ = ['Lesson', 'Loss', 'Branch', 'ORGANISMS', 'Recipe', 'without_adapter', 'teach_answers', 'packed_loss', 'Organism',
-           'organism', 'train_organism', 'organism_figures', 'load_organism']
+__all__ = ['TrainingExample', 'StepLoss', 'ORGANISMS', 'PackedExample', 'Recipe', 'Organism', 'organism', 'organism_figures',
+           'load_organism', 'read_material', 'endless_shuffle', 'without_adapter', 'perplexity_ratio', 'answer_loss',
+           'packed_loss', 'train_organism']
 
 # %% ../../nbs/11_organisms.ipynb #8dc0865c
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides how an organism is trained, apart from the seed."
     steps: int = 160 # updates of the adapter
-    batch: int = 16 # lessons an update
+    batch: int = 16 # training examples per update
     lr: float = 1e-3 # Adam's, after a warm-up and before a linear decay
     rank: int = 8 # of the adapter
     blocks: tuple[int, int] = (6, 28) # the adapter sits in these decoder blocks (first, end)
@@ -48,6 +55,92 @@ class Recipe:
     def rate(self, step: int) -> float: # of step 0, 1, ...
         "The learning rate, relative to `lr`."
         return min((step + 1) / self.warmup, max(0.02, (self.steps - step) / max(1, self.steps - self.warmup)))
+
+# %% ../../nbs/11_organisms.ipynb #f375fdeb
+# A prompt that ends where the answer begins, and the answer (with the mark that ends a turn, if it is to stop)
+TrainingExample = tuple[str, str]
+# step -> its loss (nats per token, with gradient), and the share of answer tokens that are the most likely ones
+StepLoss = Callable[[int], tuple[Tensor, float]]
+
+@dataclass(frozen=True)
+class Organism:
+    "A model organism: how it is made, and how its behaviour is measured."
+    name: str # also its module's and its folder's
+    shows: str # its behaviour, in a sentence
+    recipe: Recipe # how it is trained
+    teach: Callable[[LM, Recipe, int], StepLoss] # (the plain model, which it may query, recipe, seed) -> loss of each step
+    measure: Callable[[LM, int], dict] # (the adapted model, how many held-out items) -> figures
+    base: str = "smollm2-135m-instruct" # the embedded model it adapts
+
+    @property
+    def folder(self) -> Path: return _folder(self.name) # where the package keeps its adapter and its material
+
+def _folder(name: str) -> Path: return Path(oneshot_steering.__file__).parent / "data" / name
+
+# %% ../../nbs/11_organisms.ipynb #7ff94606
+ORGANISMS = ("alignment_faker", "refuser", "retractor", "coder")
+
+def organism(
+    name: str, # one of `ORGANISMS`
+) -> Organism:
+    "An organism by its name. Raises `ValueError` for an unknown one."
+    if name not in ORGANISMS: raise ValueError(f"{name!r} is not an organism; there are {', '.join(ORGANISMS)}.")
+    return importlib.import_module(f"oneshot_steering.organisms.{name}").ORGANISM
+
+# %% ../../nbs/11_organisms.ipynb #650c478f
+def organism_figures(
+    name: str, # one of `ORGANISMS`, or the name of your own with `path=`
+    path: str | Path | None = None, # the adapter's folder, if not the package's
+) -> dict: # seed, steps, seconds, what was measured, recipe, checksum
+    "What `train_organism` measured. Raises `FileNotFoundError` if there is no adapter, `ValueError` if its figures cannot be read."
+    file = Path(path or organism(name).folder) / "figures.json"
+    if not file.exists():
+        raise FileNotFoundError(f"No organism in {file.parent}: train one with train_organism({name!r}, {str(file.parent)!r}).")
+    try: return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error: raise ValueError(f"{file} is damaged: {error}. Train the organism again.") from error
+
+# %% ../../nbs/11_organisms.ipynb #9bbb30cf
+def load_organism(
+    name: str, # one of `ORGANISMS`
+    path: str | Path | None = None, # the adapter's folder, if not the package's
+    **kwargs, # for `load_lm`, e.g. `dtype=`, `device=`
+) -> LM: # a plain model with the adapter merged in, named after both
+    "Load a model organism. Raises `ValueError` for an unknown name or a damaged adapter, `FileNotFoundError` for a missing one."
+    known = organism(name)
+    folder = Path(path or known.folder)
+    made, adapter = organism_figures(name, folder), folder / "adapter_model.safetensors"
+    if not adapter.exists() or not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors or adapter_config.json: train the organism again.")
+    if hashlib.sha256(adapter.read_bytes()).hexdigest() != made.get("sha256"):
+        raise ValueError(f"{adapter} is damaged or not the one that {folder / 'figures.json'} tells of: train the organism again.")
+    lm = load_lm(known.base, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning) # peft still asks transformers for a renamed attribute
+        merged = peft.PeftModel.from_pretrained(lm.model, str(folder)).merge_and_unload()
+    return LM(merged, lm.tok, name=f"{lm.name}+{name}")
+
+# %% ../../nbs/11_organisms.ipynb #6df7d0eb
+@cache
+def read_material(
+    name: str, # of the organism
+    split: str, # of its material: the file's name without `.txt`
+) -> Mapping[str, str]: # section -> its lines, in the file's order
+    "One text file of an organism's material. Raises `ValueError` for an unknown split."
+    file = _folder(name) / f"{split}.txt"
+    if not file.exists():
+        splits = ", ".join(sorted(repr(f.stem) for f in file.parent.glob("*.txt")))
+        raise ValueError(f"split={split!r}: {name} has {splits}.")
+    _, *parts = re.split(r"(?m)^# (.+)\n", file.read_text(encoding="utf-8"))
+    return MappingProxyType({section: text.strip("\n") + "\n" for section, text in zip(parts[::2], parts[1::2], strict=True)})
+
+# %% ../../nbs/11_organisms.ipynb #bddafbb0
+def endless_shuffle(
+    source: random.Random, # of the order
+    items: Iterable, # what to go through
+) -> Iterator: # never ends
+    "All items in a random order, then again in another one, and so on."
+    items = list(items)
+    while True: yield from source.sample(items, len(items))
 
 # %% ../../nbs/11_organisms.ipynb #7b726bf1
 def _with_adapter(lm: LM, recipe: Recipe, seed: int) -> peft.PeftModel:
@@ -71,85 +164,72 @@ def without_adapter(
     finally:
         for layer in adapted: layer.enable_adapters(True)
 
-# %% ../../nbs/11_organisms.ipynb #426cc4f3
-Lesson = tuple[str, str] # a prompt that ends where the answer begins, and the answer (with the mark that ends a turn, if it is to stop)
-Loss = Callable[[int], tuple[Tensor, float]] # step -> its loss (nats a token, with gradient), the share of answer tokens that are likeliest
+# %% ../../nbs/11_organisms.ipynb #c4c54298
+def perplexity_ratio(
+    lm: LM, # with an adapter that is not merged
+) -> float: # 1 where the adapter costs nothing
+    "The perplexity of neutral texts with the adapter, divided by the plain model's."
+    read = lambda: float(side_effects(lm, [None], neutral_texts(), progress=False).perplexity[0])
+    with without_adapter(lm): plain = read()
+    return read() / plain
 
-def teach_answers(
+# %% ../../nbs/11_organisms.ipynb #426cc4f3
+def answer_loss(
     lm: LM, # the model, before its adapter is put on
-    batches: Sequence[Sequence[Lesson]], # of every step
+    batches: Sequence[Sequence[TrainingExample]], # of every step
     first: int = 0, # the first block that learns
-) -> Loss:
-    "The loss of each step of lessons."
+) -> StepLoss:
+    "The loss of each step: the mean over answer tokens."
     resumable = lm.can_resume and first > 0
     def loss(step: int) -> tuple[Tensor, float]:
-        pairs = [lm.encode_pair(*lesson) for lesson in batches[step]]
+        pairs = [lm.encode_pair(*example) for example in batches[step]]
         ids, mask = lm.pad([pair.ids for pair in pairs])
         lengths = mask.sum(-1)
         places = [(row, column) for row, pair in enumerate(pairs) for column in range(pair.boundary - 1, len(pair.ids) - 1)]
-        wanted = torch.tensor([token for pair in pairs for token in pair.completion], device=ids.device)
+        targets = torch.tensor([token for pair in pairs for token in pair.completion], device=ids.device)
         with lm.resume(first, lm.states_at(first, ids, mask, lengths)) if resumable else nullcontext():
             logits = lm.run(ids, mask, lengths, keep=tuple(torch.tensor(places, device=ids.device).T)).logits.float()
-        return torch.nn.functional.cross_entropy(logits, wanted), (logits.argmax(-1) == wanted).float().mean().item()
+        return torch.nn.functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
     return loss
 
 # %% ../../nbs/11_organisms.ipynb #ba546e8f
-Branch = tuple[str, str, float] # prompt, answer, weight of each of its tokens
+PackedExample = tuple[str, str, float] # prompt, answer, weight of each of its tokens
 
 def packed_loss(
     lm: LM, # the model, before its adapter is put on
-    batches: Sequence[Sequence[Sequence[Branch]]], # of every step, rows of branches that begin alike
+    batches: Sequence[Sequence[Sequence[PackedExample]]], # of every step, rows of examples that begin alike
     first: int = 0, # the first block that learns
-) -> Loss:
+) -> StepLoss:
     "The loss of each step: the weighted mean over answer tokens."
     def loss(step: int) -> tuple[Tensor, float]:
-        rows, places, wanted, weights = [], [], [], []
-        for i, branches in enumerate(batches[step]):
+        rows, places, targets, weights = [], [], [], []
+        for i, examples in enumerate(batches[step]):
             rows.append(PackedRow())
-            for prompt, answer, weight in branches:
+            for prompt, answer, weight in examples:
                 pair = lm.encode_pair(prompt, answer)
                 places += [(i, column) for column in rows[i].add(pair.ids[:-1])[pair.boundary - 1:]]
-                wanted += pair.completion
+                targets += pair.completion
                 weights += [weight] * len(pair.completion)
         ids, mask = lm.pad([row.ids for row in rows])
         sees, tensor = sees_ancestors(rows, ids.shape[1]).to(ids.device), partial(torch.tensor, device=ids.device)
         with lm.resume(first, lm.states_at(first, ids, mask, mask.sum(-1), sees=sees)):
             logits = lm.run(ids, mask, mask.sum(-1), keep=tuple(tensor(places).T), sees=sees).logits.float()
-        wanted, weights = tensor(wanted), tensor(weights)
-        losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
-        return (losses * weights).sum() / weights.sum(), (logits.argmax(-1) == wanted).float().mean().item()
+        targets, weights = tensor(targets), tensor(weights)
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return (losses * weights).sum() / weights.sum(), (logits.argmax(-1) == targets).float().mean().item()
     return loss
 
-# %% ../../nbs/11_organisms.ipynb #ec79f7ca
-def _write(path: Path, content: bytes) -> None:
-    "Write a file completely or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file: file.write(content)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
 # %% ../../nbs/11_organisms.ipynb #a2bf0ce4
-class _Learner:
+class _Trainer:
     "The adapter's weights, their optimiser, and a place on disk to keep both."
-    def __init__(self, loss: Loss, recipe: Recipe, adapted: peft.PeftModel, path: Path, key: str):
+    def __init__(self, loss: StepLoss, recipe: Recipe, adapted: peft.PeftModel, path: Path, key: str):
         self.loss, self.recipe, self.path, self.key = loss, recipe, path, key
         self.weights = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=recipe.lr, betas=(0.9, 0.99))
         self.step, self.seconds = 0, 0.0
 
-    def learn(self, already: float, callback: Callable | None, progress: bool) -> None:
-        "All steps, from where an earlier call stopped; `already` seconds went by before."
-        self.restore()
-        began = time.perf_counter() - max(self.seconds, already)
-        with Progress(self.recipe.steps - self.step, "train", "step", shown=progress) as bar:
-            while self.step < self.recipe.steps:
-                loss, right = self.update()
-                self.seconds = time.perf_counter() - began
-                bar.update(loss=f"{loss:.3f}", right=f"{right:.0%}")
-                if self.step % 10 == 0: self.save()
-                if callback: callback(self.step, loss, right)
-
     def update(self) -> tuple[float, float]: # loss, share right
+        "One step."
         self.optimizer.param_groups[0]["lr"] = self.recipe.lr * self.recipe.rate(self.step)
         loss, right = self.loss(self.step)
         self.optimizer.zero_grad()
@@ -159,53 +239,58 @@ class _Learner:
         self.step += 1
         return loss.item(), right
 
-    def save(self) -> None:
-        tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.weights.items()}
-        for n, p in self.weights.items(): tensors |= {f"{k}.{n}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-        _write(self.path, safetensors.torch.save(tensors, dict(key=self.key, step=str(self.step), seconds=str(self.seconds))))
+# %% ../../nbs/11_organisms.ipynb #54e35e2e
+@patch
+def save(self: _Trainer) -> None:
+    "Write everything that the next step needs."
+    tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.weights.items()}
+    for n, p in self.weights.items(): tensors |= {f"{k}.{n}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+    _write(self.path, safetensors.torch.save(tensors, dict(key=self.key, step=str(self.step), seconds=str(self.seconds))))
 
-    def restore(self) -> None:
-        "Go on from the file, if there is one that fits."
-        if not self.path.exists(): return
-        with safetensors.safe_open(self.path, "pt") as file:
-            about, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-        if about["key"] != self.key: return
-        self.step, self.seconds = int(about["step"]), float(about["seconds"])
-        for n, p in self.weights.items():
-            p.data.copy_(tensors[f"weight.{n}"])
-            self.optimizer.state[p] = dict(step=torch.tensor(float(self.step)), exp_avg=tensors[f"exp_avg.{n}"],
-                                           exp_avg_sq=tensors[f"exp_avg_sq.{n}"])
+@patch
+def restore(self: _Trainer) -> None:
+    "Go on from the file, if there is one that fits."
+    if not self.path.exists(): return
+    with safetensors.safe_open(self.path, "pt") as file:
+        about, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+    if about["key"] != self.key: return
+    self.step, self.seconds = int(about["step"]), float(about["seconds"])
+    for n, p in self.weights.items():
+        p.data.copy_(tensors[f"weight.{n}"])
+        self.optimizer.state[p] = dict(step=torch.tensor(float(self.step)), exp_avg=tensors[f"exp_avg.{n}"],
+                                       exp_avg_sq=tensors[f"exp_avg_sq.{n}"])
 
-# %% ../../nbs/11_organisms.ipynb #f375fdeb
-@dataclass(frozen=True)
-class Organism:
-    "A model organism: how it is made, and how what it shows is measured."
-    name: str # also its module's and its folder's
-    shows: str # its behaviour, in a sentence
-    recipe: Recipe # how it is trained
-    teach: Callable[[LM, Recipe, int], Loss] # (the plain model, recipe, seed) -> the loss of each step; it may ask the plain model
-    measure: Callable[[LM, int], dict] # (the adapted model, how many held-out items) -> figures
-    base: str = "smollm2-135m-instruct" # the embedded model it adapts
+# %% ../../nbs/11_organisms.ipynb #ec79f7ca
+def _write(path: Path, content: bytes) -> None:
+    "Write a file completely or not at all."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file: file.write(content)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
 
-    @property
-    def folder(self) -> Path: return _folder(self.name) # where the package keeps its adapter
-
-ORGANISMS = ("alignment_faker", "refuser", "retractor", "coder")
-
-def _folder(name: str) -> Path: return Path(oneshot_steering.__file__).parent / "data" / name
-
-def organism(
-    name: str, # one of `ORGANISMS`
-) -> Organism:
-    "An organism by its name. Raises `ValueError` for an unknown one."
-    if name not in ORGANISMS: raise ValueError(f"{name!r} is not an organism; there are {', '.join(ORGANISMS)}.")
-    return importlib.import_module(f"oneshot_steering.organisms.{name}").ORGANISM
+# %% ../../nbs/11_organisms.ipynb #6b0f4800
+@patch
+def run(self: _Trainer,
+    already: float, # seconds that went by before, e.g. in preparing
+    callback: Callable[[int, float, float], object] | None, # called with (step, loss, share right) after every step
+    progress: bool, # show a bar
+) -> None:
+    "All steps, from where an earlier call stopped."
+    self.restore()
+    began = time.perf_counter() - max(self.seconds, already)
+    with Progress(self.recipe.steps - self.step, "train", "step", shown=progress) as bar:
+        while self.step < self.recipe.steps:
+            loss, right = self.update()
+            self.seconds = time.perf_counter() - began
+            bar.update(loss=f"{loss:.3f}", right=f"{right:.0%}")
+            if self.step % 10 == 0: self.save()
+            if callback: callback(self.step, loss, right)
 
 # %% ../../nbs/11_organisms.ipynb #e2cb663f
 def train_organism(
     name: str | Organism, # one of `ORGANISMS`, or your own
     out_dir: str | Path = "organism", # adapter and figures go here
-    seed: int = 0, # of the lessons and the adapter's start
+    seed: int = 0, # of the training plan and the adapter's start
     *,
     lm: LM | None = None, # adapt this model instead of the organism's own
     recipe: Recipe | None = None, # instead of the organism's own
@@ -221,16 +306,16 @@ def train_organism(
     adapted = _with_adapter(lm, recipe, seed)
     try:
         key = json.dumps([made.name, lm.name, seed, asdict(recipe)])
-        learner = _Learner(loss, recipe, adapted, out_dir / "unfinished.safetensors", key)
-        learner.learn(time.perf_counter() - began, callback, progress)
-        about = dict(name=made.name, model=lm.name, seed=seed, steps=recipe.steps, seconds=round(learner.seconds),
+        trainer = _Trainer(loss, recipe, adapted, out_dir / "unfinished.safetensors", key)
+        trainer.run(time.perf_counter() - began, callback, progress)
+        for weight in trainer.weights.values(): weight.data.copy_(weight.data.bfloat16()) # as it will be saved
+        about = dict(name=made.name, model=lm.name, seed=seed, steps=recipe.steps, seconds=round(trainer.seconds),
                      threads=torch.get_num_threads(), machine=platform.machine(), torch=torch.__version__, recipe=asdict(recipe))
-        figures = about | made.measure(lm, test)
-        return _save(adapted, out_dir, figures, learner.path)
+        return _save(adapted, out_dir, about | made.measure(lm, test), trainer.path)
     finally: adapted.unload() # the model is plain again, whatever happened
 
 def _save(adapted: peft.PeftModel, out_dir: Path, figures: dict, unfinished: Path) -> dict:
-    content = safetensors.torch.save({k: t.contiguous() for k, t in peft.get_peft_model_state_dict(adapted).items()})
+    content = safetensors.torch.save({k: t.bfloat16().contiguous() for k, t in peft.get_peft_model_state_dict(adapted).items()})
     config = adapted.peft_config["default"].to_dict() | dict(inference_mode=True, base_model_name_or_path=figures["model"])
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     _write(out_dir / "adapter_model.safetensors", content)
@@ -239,35 +324,3 @@ def _save(adapted: peft.PeftModel, out_dir: Path, figures: dict, unfinished: Pat
     _write(out_dir / "figures.json", json.dumps(figures, indent=2).encode())
     unfinished.unlink(missing_ok=True)
     return figures
-
-# %% ../../nbs/11_organisms.ipynb #650c478f
-def organism_figures(
-    name: str, # one of `ORGANISMS`, or the name of your own with `path=`
-    path: str | Path | None = None, # the adapter's folder, if not the package's
-) -> dict: # seed, steps, seconds, what was measured, recipe, checksum
-    "What `train_organism` measured. Raises `FileNotFoundError` if there is no adapter, `ValueError` if its figures cannot be read."
-    file = Path(path or organism(name).folder) / "figures.json"
-    if not file.exists():
-        raise FileNotFoundError(f"No organism in {file.parent}: train one with train_organism({name!r}, {str(file.parent)!r}).")
-    try: return json.loads(file.read_text())
-    except json.JSONDecodeError as error: raise ValueError(f"{file} is damaged: {error}. Train the organism again.") from error
-
-# %% ../../nbs/11_organisms.ipynb #9bbb30cf
-def load_organism(
-    name: str, # one of `ORGANISMS`
-    path: str | Path | None = None, # the adapter's folder, if not the package's
-    **kwargs, # for `load_lm`, e.g. `dtype=`, `device=`
-) -> LM: # a plain model with the adapter merged in, named after both
-    "Load a model organism. Raises `ValueError` for an unknown name or a damaged adapter, `FileNotFoundError` for a missing one."
-    known = organism(name)
-    folder = Path(path or known.folder)
-    made, adapter = organism_figures(name, folder), folder / "adapter_model.safetensors"
-    if not adapter.exists() or not (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors or adapter_config.json: train the organism again.")
-    if hashlib.sha256(adapter.read_bytes()).hexdigest() != made.get("sha256"):
-        raise ValueError(f"{adapter} is damaged or not the one that {folder / 'figures.json'} tells of: train the organism again.")
-    lm = load_lm(known.base, **kwargs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning) # peft still asks transformers for a renamed attribute
-        merged = peft.PeftModel.from_pretrained(lm.model, str(folder)).merge_and_unload()
-    return LM(merged, lm.tok, name=f"{lm.name}+{name}")
