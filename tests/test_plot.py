@@ -42,6 +42,9 @@ square = pd.DataFrame([[nan, -1.0], [2.0, 0.5]], ["one", "two"], ["one", "two"])
 graded = pd.DataFrame(dict(vector=["v", "v", "w"], aligned=[10.0, 90, None], coherent=[90.0, 20, 80]))
 bits = pd.DataFrame({"median": [3.0, 5], "low": [2, 4], "high": [4, 7]}, ["real", "made up"])
 
+claims = pd.DataFrame(dict(claim=["it acts", "it is rare", "it has no number"], holds=["holds", "does not hold", "holds"],
+                           value=[0.9, 0.2, nan], low=[0.8, nan, nan], high=[1.0, nan, nan], reported=[0.95, 0.0, nan]))
+
 CASES = {  # name -> (what is drawn first, further arguments)
     "plot_fit": (fit, {}),
     "plot_flips": (flips, {}),
@@ -53,6 +56,7 @@ CASES = {  # name -> (what is drawn first, further arguments)
     "plot_roc": ({"v": Classifier([1, 2], [0, 1.5]), "w": Classifier([0, 2], [0, 3])}, {}),
     "plot_judged": (graded, {}),
     "plot_surprisal": ({"without": bits, "behind examples": bits}, dict(reported=dict(real=2.0))),
+    "plot_claims": (claims, {}),
     "plot_tokens": (plain, dict(after=steered, title="Why is it $5_x?")),
 }
 TABLES = {name: case for name, case in CASES.items() if isinstance(case[0], pd.DataFrame)}
