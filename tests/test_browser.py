@@ -53,7 +53,7 @@ import oneshot_steering.organisms.alignment_faker as faker
 
 few = lambda split, n, *args, **kwargs: some(split, min(n, 5), *args, **kwargs)
 some, faker.make_scenarios, make_scenarios = make_scenarios, few, few
-for name, value in dict(norms=(FLIP_DEMO.norms[0], FLIP_DEMO.best), steps=12).items(): object.__setattr__(FLIP_DEMO, name, value)
+norms, settings = (norms[0], best), settings | dict(steps=12)
 """
 
 
@@ -248,8 +248,8 @@ def jupyter(tmp_path_factory):
     nbformat.write(slider, folder / "slider.ipynb")
     shutil.copy(TUTORIALS / "slider.ipynb", folder / "tutorial.ipynb")
     quickstart = nbformat.read(TUTORIALS / "quickstart.ipynb", as_version=4)
-    imports = next(i for i, one in enumerate(quickstart.cells) if one.cell_type == "code")
-    quickstart.cells.insert(imports + 1, cell(SMALL))
+    checked = next(i for i, one in enumerate(quickstart.cells) if "FLIP_DEMO" in one.source)  # that the settings are the demonstration's
+    quickstart.cells.insert(checked + 1, cell(SMALL))
     nbformat.write(quickstart, folder / "quickstart.ipynb")
     quiet = folder / "settings" / "@jupyterlab" / "apputils-extension"
     quiet.mkdir(parents=True)

@@ -3,13 +3,14 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
 
 import nbformat
 import pytest
-from notebooks import ROOT, notebooks
+from notebooks import NBS, ROOT, directives, notebooks
 
 import oneshot_steering as oss
 
@@ -76,3 +77,12 @@ def test_all_leaks_nothing():
 def test_no_notebook_imports_the_command(path):
     code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
     assert "oneshot_steering.cli" not in code
+
+
+def test_tutorials_take_only_settings_and_texts_from_the_demonstrations():
+    "What a tutorial does is seen in its cells, so that they can be copied to one's own model."
+    for path in notebooks(NBS / "tutorials"):
+        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and "hide" not in directives(cell)]
+        nodes = [node for cell in cells for node in ast.walk(ast.parse(re.sub(r"^[!%].*", "", cell.source, flags=re.MULTILINE)))]
+        taken = [alias.name for node in nodes if getattr(node, "module", "") == "oneshot_steering.demos" for alias in node.names]
+        assert set(taken) <= {"FLIP_DEMO", "TEXT_DEMO", "human_continuations", "text_prompts", "fit_language"}, path.stem
