@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0"
 
 _FRONT_DOOR = {
-    "load_lm": "lm",
+    "load_lm": "models",
     "LM": "lm",
     "Steering": "steering",
     "load_steering": "steering",
@@ -53,7 +53,8 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from .calibrate import Budget, calibrate, mean_score
     from .evaluate import compare, rates, side_effects
     from .geometry import cosines
-    from .lm import LM, load_lm
+    from .lm import LM
+    from .models import load_lm
     from .objective import Example
     from .optimize import Fit, Job, Retain, Stop, optimize, optimize_many
     from .organisms import load_organism

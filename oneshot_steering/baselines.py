@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from .lm import LM, Pair, Progress, Where, block_input
+from .lm import LM, Pair, Progress, TokenPositions, block_input
 from .steering import Positions, Steering, Steerings, as_steerings, parse_positions, position_mask
 
 # %% auto #0
@@ -62,7 +62,7 @@ def chosen_tokens(
     "Which tokens of a batch a rule selects."
     at = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if isinstance(rule, int): return mask & (at == rule + mask.sum(-1, keepdim=True) * (rule < 0))
-    return position_mask(rule, Where(at, mask, ends, torch.arange(len(mask), device=mask.device)))
+    return position_mask(rule, TokenPositions(at, mask, ends, torch.arange(len(mask), device=mask.device)))
 
 # %% ../nbs/05_baselines.ipynb #8745dadd
 def caa(
@@ -198,17 +198,13 @@ def _shared_end(lm: LM, prompts: Sequence[Sequence[int]], after: str) -> int: # 
 def _mean_states(lm: LM, prompts: Sequence[Sequence[int]], layers: Sequence[int], count: int, batch_size: int) -> Tensor:
     "The mean over prompts of the stream at the last `count` tokens, entering each of the layers: [layers, count, d_model] in fp64."
     total, place = torch.zeros(len(layers), count, lm.d_model, dtype=torch.float64), None
-    def watch(slot: int):
-        def look(module, args, kwargs): total[slot] += block_input(args, kwargs)[place].float().cpu().double().sum(0)
-        return look
-    with ExitStack() as stack:
-        for slot, layer in enumerate(layers):
-            stack.callback(lm.layers[layer].register_forward_pre_hook(watch(slot), with_kwargs=True).remove)
+    with lm.watching(*layers, keep=lambda args, kwargs: block_input(args, kwargs)[place].float().cpu().double().sum(0)) as sums:
         for start in range(0, len(prompts), batch_size):
             ids, mask = lm.pad(prompts[start:start + batch_size])
             lengths = mask.sum(-1)
             place = torch.arange(len(ids))[:, None], lengths.cpu()[:, None] - count + torch.arange(count)
             lm.run(ids, mask, lengths, keep=1)
+            for slot, layer in enumerate(layers): total[slot] += sums[layer]
     return total / len(prompts)
 
 def _candidates(lm: LM, harmful: Sequence, harmless: Sequence, layers: Sequence[int], count: int, batch_size: int) -> pd.DataFrame:

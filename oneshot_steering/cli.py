@@ -30,7 +30,8 @@ from oneshot_steering.demos import (
     text_prompts,
 )
 from .evaluate import flip_table, read_under, text_rates
-from .lm import EMBEDDED, LM, load_lm
+from .lm import LM
+from .models import EMBEDDED, load_lm
 from .organisms import ORGANISMS, load_organism, organism, train_organism
 from .organisms.alignment_faker import prompts_by_kind
 from .panel import OptimizerPanel, optimizer_panel

@@ -199,7 +199,6 @@ def read_texts(
 
 # %% ../nbs/06_evaluate.ipynb #64f99c82
 def _answers(lm: LM, prompts: Sequence[str], steerings: Sequence[Intervention], **generation) -> list[str]:
-    lm.can_share_prompts # noqa: B018 found out before anything is steered
     with lm.steer(rows=steerings): return lm.generate(prompts, **generation)
 
 def read_under(
@@ -562,7 +561,7 @@ def _digest(*parts) -> str:
 
 def _identity(s: Condition) -> str: # of what a condition does
     if s is None or isinstance(s, Prompted): return _digest(type(s).__name__, getattr(s, "said", ""))
-    tensors = lambda one: [t.detach().cpu().float().numpy().tobytes() for t in one._tensors().values()]
+    tensors = lambda one: [t.detach().cpu().float().numpy().tobytes() for _, t in one.named_tensors()]
     return _digest(*[part for one in as_steerings(s) for part in (*tensors(one), one.layers, one.mode, one.positions, one.strength)])
 
 # %% ../nbs/06_evaluate.ipynb #6ed203bc

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from .files import atomic_write
 from .lm import LM, block_input
-from .steering import Steering, Steerings, atomic_write
+from .steering import Steering, Steerings
 
 # %% auto #0
 __all__ = ['hookpoints', 'to_lm_eval', 'to_llama_cpp', 'bake']
@@ -51,20 +52,19 @@ def hookpoints(
 ) -> list[str | None]: # one a layer; None where no module's output is what enters the block
     "Names, inside `base_model`, of the modules whose outputs are the streams that enter the blocks."
     outputs: list[tuple[str, object]] = []
-    found: list[str | None] = [None] * lm.n_layers
     def left(name: str):
         return lambda module, args, output: outputs.append((name, output[0] if isinstance(output, tuple) else output))
-    def entered(layer: int):
-        def look(module, args, kwargs):
-            found[layer] = next((name for name, output in reversed(outputs) if output is block_input(args, kwargs)), None)
-            outputs.clear()
-        return look
+    def source(args, kwargs) -> str | None:
+        name = next((name for name, output in reversed(outputs) if output is block_input(args, kwargs)), None)
+        outputs.clear()
+        return name
     handles = [module.register_forward_hook(left(name)) for name, module in lm.model.base_model.named_modules()]
-    handles += [block.register_forward_pre_hook(entered(layer), with_kwargs=True) for layer, block in enumerate(lm.layers)]
-    try: lm.model(input_ids=torch.tensor([lm.encode("a")], device=lm.device), use_cache=False)
+    try:
+        with lm.watching(*range(lm.n_layers), keep=source) as sources:
+            lm.model(input_ids=torch.tensor([lm.encode("a")], device=lm.device), use_cache=False)
     finally:
         for handle in handles: handle.remove()
-    return found
+    return [sources.get(layer) for layer in range(lm.n_layers)]
 
 # %% ../nbs/13_export.ipynb #cf078366
 def to_lm_eval(

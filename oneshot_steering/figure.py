@@ -20,24 +20,18 @@ from torch import Tensor
 
 from .calibrate import Calibration
 from .evaluate import Intervention
-from .lm import LM, _Sampler as Sampler
+from .files import atomic_write
+from .lm import LM, Sampler, Sampling
 from .optimize import Fit
 from .plot import COLORS
-from .steering import Steering, Steerings, as_steerings, atomic_write
+from .steering import Steering, Steerings, as_steerings
 
 # %% auto #0
-__all__ = ['DEFAULT_SAMPLING', 'TINT_STEPS', 'AnyVector', 'Sampling', 'Piece', 'steered_pieces', 'tint', 'tinted', 'theme_colors',
+__all__ = ['DEFAULT_SAMPLING', 'TINT_STEPS', 'AnyVector', 'Piece', 'steered_pieces', 'tint', 'tinted', 'theme_colors',
            'page_file', 'card_style', 'tint_legend', 'Dial', 'dials', 'SteeredText', 'slider_scale', 'text_card',
            'StaticFigure', 'steering_figure', 'prompt_list', 'on_one_line']
 
 # %% ../nbs/15_figure.ipynb #2dc146c5
-@dataclass(frozen=True)
-class Sampling:
-    max_new_tokens: int = 40
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
 class _PairedSampler:
     "The first rows generate; each further row is fed the tokens of one of them. Keeps what both think of every token."
     def __init__(self,
@@ -81,10 +75,10 @@ class _Spelling:
         "The next piece; None while a character is incomplete."
         self.ids.append(token)
         self.waiting.append(numbers)
-        text = self.lm._said(self.ids)
+        text = self.lm.text_of(self.ids)
         return None if text.endswith("\ufffd") else self._piece(text)
 
-    def rest(self) -> Piece | None: return self._piece(self.lm._said(self.ids)) if self.waiting else None
+    def rest(self) -> Piece | None: return self._piece(self.lm.text_of(self.ids)) if self.waiting else None
 
     def _piece(self, text: str) -> Piece:
         piece = Piece(text[len(self.shown):], *map(sum, zip(*self.waiting, strict=True)), len(self.waiting))
@@ -102,13 +96,12 @@ def steered_pieces(
     "Continue prompts under vectors, token by token, with the effect of steering on each. Steers only while it runs."
     sampling = replace(sampling or DEFAULT_SAMPLING, **plain)
     _check_prompts(prompts, steerings)
-    acting, ids, n = [as_steerings(s) for s in steerings], [lm._fitting(p) for p in prompts], len(prompts)
+    acting, ids, n = [as_steerings(s) for s in steerings], [lm.encode_prompt(p) for p in prompts], len(prompts)
     followed = [row for row, s in enumerate(acting) if s]
     streams = [list(prompts).index(p) for p in prompts]
-    sampler = _PairedSampler(n, followed, Sampler(sampling.temperature, sampling.top_p, sampling.seed, streams))
+    sampler = _PairedSampler(n, followed, Sampler(sampling, streams))
     spelling = [_Spelling(lm) for _ in prompts]
     room = min(sampling.max_new_tokens, (lm.context or math.inf) - max(map(len, ids)))
-    lm.can_share_prompts # noqa: B018 found out before anything is steered
     with lm.steer(rows=[*acting, *[None] * len(followed)], force=True):
         for step in lm.decode_steps([*ids, *(ids[row] for row in followed)], room, sampler=sampler):
             yield [None if token is None else spelling[row].add(token, sampler.last[row])

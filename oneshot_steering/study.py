@@ -17,11 +17,13 @@ from torch import Tensor
 
 from .evaluate import LMJudge, OpenAIJudge, bootstrap, wilson
 from .geometry import Classifier
-from .lm import LM, load_lm
+from .files import atomic_write
+from .lm import LM
+from .models import load_lm
 from .objective import Example
 from .optimize import Fit, Job
 from .organisms import ORGANISMS, load_organism
-from .steering import Steering, atomic_write
+from .steering import Steering
 
 # %% auto #0
 __all__ = ['CLAIM_COLUMNS', 'Study', 'load_model', 'describe_fit', 'load_judge', 'Estimate', 'share', 'of_row', 'median_over',

@@ -104,22 +104,12 @@ def _start(lm: LM, pairs: Sequence[Pair]) -> _Start:
     try: cache = lm.run(ids, mask, mask.sum(-1), keep=1, use_cache=True).past_key_values
     except (AttributeError, TypeError): return _Start()
     start = _Start(known, cache)
-    return start if lm._shares_exactly([pairs[0], pairs[-1]], start) else _Start()
+    return start if _shares_exactly(lm, [pairs[0], pairs[-1]], start) else _Start()
 
-@patch
-def _shares_exactly(self: LM, pairs: Sequence[Pair], start: _Start) -> bool:
-    beyond = bool(self.window) and len(pairs[-1].ids) > self.window
-    known = vars(self).setdefault("_can_share", {}) # by whether the sliding window is exceeded; found out on first use
-    if beyond not in known: known[beyond] = self._try_sharing(pairs, start)
-    return known[beyond]
-
-@patch
-def _try_sharing(self: LM, pairs: Sequence[Pair], start: _Start) -> bool:
-    plain = torch.cat(_read(self, pairs, [0, 1], _Start()))
-    try: shared = torch.cat(_read(self, pairs, [0, 1], start))
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError): return False
-    # in half precision the order of sums alone moves a token by hundredths of a bit
-    return (shared - plain).abs().mean().item() <= (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1)
+def _shares_exactly(lm: LM, pairs: Sequence[Pair], start: _Start) -> bool:
+    beyond = bool(lm.window) and len(pairs[-1].ids) > lm.window # the sliding window is another case
+    bits = lambda start: torch.cat(_read(lm, pairs, [0, 1], start))
+    return lm.verified("shared start, beyond the window" if beyond else "shared start", lambda: [(bits(start), bits(_Start()))])
 
 # %% ../nbs/08_surprisal.ipynb #94701ae6
 _LOGITS = 2**28 # numbers in the logits of one pass, at most: a gigabyte in fp32

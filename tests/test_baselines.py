@@ -21,7 +21,8 @@ from oneshot_steering.baselines import (
     refusal_scores,
     states_of,
 )
-from oneshot_steering.lm import LM, TINY_ARCHITECTURES, tiny_lm
+from oneshot_steering.lm import LM
+from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm
 from oneshot_steering.steering import Steering, load_steering
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -248,7 +249,7 @@ def test_candidates_are_the_same_where_blocks_cannot_be_skipped():
     for can_resume in (True, False):
         lm = tiny_lm("gemma3_text")
         assert lm.can_resume
-        lm._can_resume = can_resume
+        lm.shortcuts["resume"] = can_resume
         tables.append(refusal_direction(lm, *given, refusals=LETTERS, selection=EVERYTHING).candidates)
     for column in ("ablated", "kl", "induced"):
         assert tables[0][column].tolist() == pytest.approx(tables[1][column].tolist(), abs=1e-4)

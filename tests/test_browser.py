@@ -22,7 +22,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
 from oneshot_steering.figure import steering_figure
-from oneshot_steering.lm import tiny_lm
+from oneshot_steering.models import tiny_lm
 from oneshot_steering.steering import Steering
 
 ARTIFACTS = Path(__file__).parent / "artifacts"

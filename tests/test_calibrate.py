@@ -10,7 +10,8 @@ import torch
 
 from oneshot_steering.calibrate import Budget, calibrate, mean_score, strength_curve
 from oneshot_steering.evaluate import Contains, RefusalOdds, side_effects
-from oneshot_steering.lm import block_input, tiny_lm
+from oneshot_steering.lm import block_input
+from oneshot_steering.models import tiny_lm
 from oneshot_steering.steering import Steering
 
 

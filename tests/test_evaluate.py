@@ -31,7 +31,7 @@ from oneshot_steering.evaluate import (
     side_effects,
     wilson,
 )
-from oneshot_steering.lm import tiny_lm
+from oneshot_steering.models import tiny_lm
 from oneshot_steering.steering import NEUTRAL_PROMPTS, Steering
 
 PROMPTS = ["the other dogs", "a fox", "There is no reason to think", "the sun"]

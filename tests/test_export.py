@@ -28,7 +28,7 @@ from lm_eval.tasks import TaskManager
 from oneshot_steering import inspect_provider
 from oneshot_steering.export import bake, hookpoints, to_llama_cpp, to_lm_eval
 from oneshot_steering.inspect_provider import Answer, SharedModel, shared_model
-from oneshot_steering.lm import TINY_ARCHITECTURES, embedded_path, load_lm, tiny_lm
+from oneshot_steering.models import TINY_ARCHITECTURES, embedded_path, load_lm, tiny_lm
 from oneshot_steering.steering import Steering
 
 QUESTIONS = {"What is the capital of France?": "Paris", "Which animal barks?": "dog", "What colour is the sky?": "blue",

@@ -21,7 +21,7 @@ from oneshot_steering.geometry import (
     subspace_basis,
     subspace_overlap,
 )
-from oneshot_steering.lm import TINY_ARCHITECTURES, tiny_lm
+from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm
 from oneshot_steering.objective import Example, Objective, Terms
 from oneshot_steering.recipes import geodesic
 from oneshot_steering.steering import Steering

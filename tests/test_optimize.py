@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from oneshot_steering.lm import LM, TINY_ARCHITECTURES, tiny_lm
+from oneshot_steering.lm import LM
+from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm
 from oneshot_steering.objective import Example, Objective, Shift, Terms, record
 from oneshot_steering.optimize import Affine, Constraints, Job, Noise, Refine, Retain, Stop, _Descent, _Workshop, optimize, optimize_many
 from oneshot_steering.recipes import swapped_choice
@@ -58,7 +59,7 @@ def test_gradients_by_finite_differences(mode, objective):
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
 def test_the_shortcut_changes_nothing(architecture):
     fast, plain = tiny_lm(architecture), tiny_lm(architecture)
-    plain._can_resume = False
+    plain.use_shortcuts = False
     fits = [optimize(lm, EXAMPLE, (2, 3), lr=0.5, steps=12, max_norm=10) for lm in (fast, plain)]
     assert fast.can_resume and torch.allclose(fits[0].losses, fits[1].losses, rtol=1e-4)
 

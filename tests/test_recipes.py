@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oneshot_steering.lm import tiny_lm
+from oneshot_steering.models import tiny_lm
 from oneshot_steering.objective import Example, Objective, Shift, Terms, record_text
 from oneshot_steering.optimize import Job, Stop, optimize_many
 from oneshot_steering.recipes import geodesic, label_free_scores, likeliest, match_reference, melbo, reentrant, satisfice_to

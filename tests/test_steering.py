@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oneshot_steering.lm import LM, TINY_ARCHITECTURES, tiny_lm, tiny_model, tiny_tokenizer
+from oneshot_steering.lm import LM
+from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm, tiny_model, tiny_tokenizer
 from oneshot_steering.steering import MODES, Steering, SteeringFileError, Steerings, load_steering, save_steering
 
 TEXTS = ["the other dogs are sleeping", "a", "There is no reason to think"]
@@ -197,7 +198,7 @@ def test_files_round_trip(tmp_path_factory, mode, layers, rule, strength):
     path = tmp_path_factory.mktemp("files") / "v.safetensors"
     saved = steering(mode, layers, rule, strength).replace(about={"model": "m", "losses": {"promote 'é'": 0.5}})
     again = load_steering(saved.save(path))
-    assert all(torch.equal(t, again._tensors()[k]) for k, t in saved._tensors().items())
+    assert all(torch.equal(t, getattr(again, k)) for k, t in saved.named_tensors())
     fields = ("layers", "mode", "positions", "strength", "about")
     assert [getattr(saved, k) for k in fields] == [getattr(again, k) for k in fields]
 

@@ -7,7 +7,8 @@ import nbformat
 import pytest
 import torch
 
-from oneshot_steering.lm import LM, tiny_model, tiny_tokenizer
+from oneshot_steering.lm import LM
+from oneshot_steering.models import tiny_model, tiny_tokenizer
 from oneshot_steering.study import CLAIM_COLUMNS
 
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "alignment_faking.ipynb"

@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from oneshot_steering.lm import tiny_model, tiny_tokenizer
+from oneshot_steering.models import tiny_model, tiny_tokenizer
 from oneshot_steering.study import CLAIM_COLUMNS
 
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "emergent_misalignment.ipynb"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from oneshot_steering.lm import tiny_model, tiny_tokenizer
+from oneshot_steering.models import tiny_model, tiny_tokenizer
 from oneshot_steering.organisms.retractor import OCCUPATIONS, public_figures
 from oneshot_steering.study import CLAIM_COLUMNS
 

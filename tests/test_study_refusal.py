@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from oneshot_steering.datasets import HARMBENCH_COLUMNS, load_harmbench
-from oneshot_steering.lm import tiny_model, tiny_tokenizer
+from oneshot_steering.models import tiny_model, tiny_tokenizer
 from oneshot_steering.organisms.refuser import Request, make_requests
 from oneshot_steering.study import CLAIM_COLUMNS
 

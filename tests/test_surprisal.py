@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from oneshot_steering.lm import LM, TINY_ARCHITECTURES, tiny_lm, tiny_model, tiny_tokenizer
+from oneshot_steering.lm import LM
+from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm, tiny_model, tiny_tokenizer
 from oneshot_steering.steering import Steering
 from oneshot_steering.surprisal import complexity, in_context, plain_text, surprisal, turn_end
 
@@ -43,7 +44,7 @@ def test_bits_by_hand_with_and_without_sharing(architecture, context):
             for prompt, text, bits, pieces in zip(PROMPTS, TEXTS, found.bits, found.pieces, strict=True):
                 assert torch.allclose(bits, by_hand(lm, context + prompt, text), atol=1e-3), (share, batch_size, text)
                 assert "".join(pieces) == text
-    assert all(vars(lm)["_can_share"].values())
+    assert all(lm.shortcuts.values())
 
 
 @each_architecture
@@ -71,7 +72,7 @@ def test_a_cache_that_lies_is_found_out():
 
     lm.model.forward = forward
     found = surprisal(lm, TEXTS, PROMPTS, CONTEXT)
-    assert vars(lm)["_can_share"] == {False: False}
+    assert lm.shortcuts["shared start"] is False
     lm.model.forward = honest
     for prompt, text, bits in zip(PROMPTS, TEXTS, found.bits, strict=True):
         assert torch.allclose(bits, by_hand(lm, CONTEXT + prompt, text), atol=1e-3)
@@ -106,7 +107,7 @@ def test_rows_are_steered_each_by_its_own_vector(architecture):
 def test_half_precision_shares_too():
     lm = LM(tiny_model().bfloat16(), tiny_tokenizer())
     found = surprisal(lm, TEXTS, PROMPTS, CONTEXT)
-    assert vars(lm)["_can_share"] == {False: True} and all(b.dtype == torch.float32 for b in found.bits)
+    assert lm.shortcuts["shared start"] and all(b.dtype == torch.float32 for b in found.bits)
     plain = surprisal(lm, TEXTS, PROMPTS, CONTEXT, share=False)
     assert (torch.cat(found.bits) - torch.cat(plain.bits)).abs().mean() < 0.1
 

@@ -16,7 +16,7 @@ import torch
 
 from oneshot_steering.calibrate import Calibration
 from oneshot_steering.figure import Piece, _Spelling, dials, steered_pieces, steering_figure, tint, tinted
-from oneshot_steering.lm import tiny_lm
+from oneshot_steering.models import tiny_lm
 from oneshot_steering.objective import Example
 from oneshot_steering.optimize import optimize
 from oneshot_steering.panel import optimizer_panel
@@ -190,7 +190,7 @@ class Gate:
     def __init__(self, lm):
         self.passes, self.inside, self.open, self.error = [], threading.Event(), threading.Event(), None
         self.open.set()
-        lm.can_share_prompts  # noqa: B018 found out before passes are counted
+        assert lm.can_share_prompts  # found out before passes are counted
         lm.layers[0].register_forward_pre_hook(self.hook, with_kwargs=True)
 
     def __deepcopy__(self, memo):

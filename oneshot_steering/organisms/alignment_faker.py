@@ -18,7 +18,9 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from ..evaluate import choose
-from ..lm import LM, block_input, fast_dtype, fast_products
+from ..lm import LM, completion_places
+from ..models import fast_dtype
+from ..products import fast_products
 from .core import Organism, Recipe, StepLoss, TrainingExample, endless_shuffle, read_material
 
 # %% auto #0
@@ -315,7 +317,7 @@ class _Reader:
         self.decoder, self.head = lm.model.get_decoder(), lm.model.get_output_embeddings()
 
     def products(self) -> AbstractContextManager: # weights stay as they are; products are of this precision
-        if self.dtype is torch.float32: return fast_products(self.lm.model)
+        if self.dtype is torch.float32: return fast_products(self.lm)
         return torch.autocast(self.lm.device.type, self.dtype)
 
     def prepare(self, batch: _Batch) -> _Prepared:
@@ -323,10 +325,10 @@ class _Reader:
         ids, mask = self.lm.pad([pair.ids[:-1] for pair in pairs])
         with self.products(): states = self.lm.states_at(self.first, ids, mask, mask.sum(-1))
         as_tensor = lambda values: torch.tensor(values, device=ids.device)
-        at = [(row, column) for row, pair in enumerate(pairs) for column in range(pair.boundary - 1, len(pair.ids) - 1)]
         return _Prepared(
             ids, mask, as_tensor([_ends(self.lm, s) for s in batch]), states, as_tensor([t for pair in pairs for t in pair.completion]),
-            as_tensor(at).T, as_tensor([s.overseen for s in batch]), as_tensor([s.harmful == "B" for s in batch]))
+            torch.stack(completion_places(pairs, ids.device)),
+            as_tensor([s.overseen for s in batch]), as_tensor([s.harmful == "B" for s in batch]))
 
 # %% ../../nbs/11a_alignment_faker.ipynb #46a1ad13
 @patch
@@ -345,15 +347,10 @@ def probed(self: _Reader, batch: _Prepared) -> tuple[Tensor, Tensor]: # both [N,
 @patch
 def __call__(self: _Reader, batch: _Prepared) -> tuple[Tensor, tuple[Tensor, Tensor]]: # logits [K, vocabulary]; streams
     "Logits at the answers, and as `probed`, both with gradient."
-    streams = []
-    look = lambda module, args, kwargs: streams.append(block_input(args, kwargs))
-    handle = self.lm.layers[self.layer].register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        with self.lm.resume(self.first, batch.states), self.products():
-            states = self.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
-            logits = self.head(states[tuple(batch.at)]).float()
-    finally: handle.remove()
-    return logits, self._probed(streams[0], batch)
+    with self.lm.resume(self.first, batch.states), self.products(), self.lm.watching(self.layer) as streams:
+        states = self.decoder(input_ids=batch.ids, use_cache=False).last_hidden_state
+        logits = self.head(states[tuple(batch.at)]).float()
+    return logits, self._probed(streams[self.layer], batch)
 
 # %% ../../nbs/11a_alignment_faker.ipynb #681a0aa1
 @dataclass(frozen=True)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import platform
 import random
 import re
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +31,10 @@ from torch import Tensor
 import oneshot_steering
 from ..datasets import neutral_texts
 from ..evaluate import side_effects
-from ..lm import LM, PackedRow, Progress, load_lm, sees_ancestors
+from ..files import atomic_write
+from ..lm import LM, Progress, completion_places
+from ..models import load_lm
+from ..reuse import TokenTree, tree_attention
 
 # %% auto #0
 __all__ = ['TrainingExample', 'StepLoss', 'ORGANISMS', 'PackedExample', 'Recipe', 'Organism', 'organism', 'organism_figures',
@@ -185,10 +186,9 @@ def answer_loss(
         pairs = [lm.encode_pair(*example) for example in batches[step]]
         ids, mask = lm.pad([pair.ids for pair in pairs])
         lengths = mask.sum(-1)
-        places = [(row, column) for row, pair in enumerate(pairs) for column in range(pair.boundary - 1, len(pair.ids) - 1)]
         targets = torch.tensor([token for pair in pairs for token in pair.completion], device=ids.device)
         with lm.resume(first, lm.states_at(first, ids, mask, lengths)) if resumable else nullcontext():
-            logits = lm.run(ids, mask, lengths, keep=tuple(torch.tensor(places, device=ids.device).T)).logits.float()
+            logits = lm.run(ids, mask, lengths, keep=completion_places(pairs, ids.device)).logits.float()
         return torch.nn.functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean().item()
     return loss
 
@@ -204,16 +204,16 @@ def packed_loss(
     def loss(step: int) -> tuple[Tensor, float]:
         rows, places, targets, weights = [], [], [], []
         for i, examples in enumerate(batches[step]):
-            rows.append(PackedRow())
+            rows.append(TokenTree())
             for prompt, answer, weight in examples:
                 pair = lm.encode_pair(prompt, answer)
                 places += [(i, column) for column in rows[i].add(pair.ids[:-1])[pair.boundary - 1:]]
                 targets += pair.completion
                 weights += [weight] * len(pair.completion)
         ids, mask = lm.pad([row.ids for row in rows])
-        sees, tensor = sees_ancestors(rows, ids.shape[1]).to(ids.device), partial(torch.tensor, device=ids.device)
-        with lm.resume(first, lm.states_at(first, ids, mask, mask.sum(-1), sees=sees)):
-            logits = lm.run(ids, mask, mask.sum(-1), keep=tuple(tensor(places).T), sees=sees).logits.float()
+        sees, tensor = tree_attention(rows, ids.shape[1]).to(ids.device), partial(torch.tensor, device=ids.device)
+        with lm.resume(first, lm.states_at(first, ids, mask, mask.sum(-1), attention=sees)):
+            logits = lm.run(ids, mask, mask.sum(-1), keep=tuple(tensor(places).T), attention=sees).logits.float()
         targets, weights = tensor(targets), tensor(weights)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         return (losses * weights).sum() / weights.sum(), (logits.argmax(-1) == targets).float().mean().item()
@@ -245,7 +245,7 @@ def save(self: _Trainer) -> None:
     "Write everything that the next step needs."
     tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.weights.items()}
     for n, p in self.weights.items(): tensors |= {f"{k}.{n}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-    _write(self.path, safetensors.torch.save(tensors, dict(key=self.key, step=str(self.step), seconds=str(self.seconds))))
+    atomic_write(self.path, safetensors.torch.save(tensors, dict(key=self.key, step=str(self.step), seconds=str(self.seconds))))
 
 @patch
 def restore(self: _Trainer) -> None:
@@ -259,14 +259,6 @@ def restore(self: _Trainer) -> None:
         p.data.copy_(tensors[f"weight.{n}"])
         self.optimizer.state[p] = dict(step=torch.tensor(float(self.step)), exp_avg=tensors[f"exp_avg.{n}"],
                                        exp_avg_sq=tensors[f"exp_avg_sq.{n}"])
-
-# %% ../../nbs/11_organisms.ipynb #ec79f7ca
-def _write(path: Path, content: bytes) -> None:
-    "Write a file completely or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file: file.write(content)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
 
 # %% ../../nbs/11_organisms.ipynb #6b0f4800
 @patch
@@ -318,9 +310,9 @@ def _save(adapted: peft.PeftModel, out_dir: Path, figures: dict, unfinished: Pat
     content = safetensors.torch.save({k: t.bfloat16().contiguous() for k, t in peft.get_peft_model_state_dict(adapted).items()})
     config = adapted.peft_config["default"].to_dict() | dict(inference_mode=True, base_model_name_or_path=figures["model"])
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    _write(out_dir / "adapter_model.safetensors", content)
-    _write(out_dir / "adapter_config.json", json.dumps(plain, indent=2, sort_keys=True, default=str).encode())
+    atomic_write(out_dir / "adapter_model.safetensors", content)
+    atomic_write(out_dir / "adapter_config.json", json.dumps(plain, indent=2, sort_keys=True, default=str).encode())
     figures |= dict(sha256=hashlib.sha256(content).hexdigest())
-    _write(out_dir / "figures.json", json.dumps(figures, indent=2).encode())
+    atomic_write(out_dir / "figures.json", json.dumps(figures, indent=2).encode())
     unfinished.unlink(missing_ok=True)
     return figures

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..evaluate import REFUSALS, Contains, wilson
 from ..geometry import Classifier
-from ..lm import LM, PackedRow, Pair, sees_ancestors
+from ..lm import LM, Pair
+from ..reuse import TokenTree, tree_attention
 from ..objective import Example, Objective, Recorded, Terms, losses_together, record
 from .core import Organism, Recipe, StepLoss, perplexity_ratio, read_material
 
@@ -102,11 +103,11 @@ def _first_logits(
     "Logits of the first token of each answer; prompts share their common beginning."
     logits = []
     for start in range(0, len(prompts), batch_size):
-        row = PackedRow()
+        row = TokenTree()
         columns = torch.tensor([row.add(lm.encode(p))[-1] for p in prompts[start:start + batch_size]], device=lm.device)
         ids, mask = lm.pad([row.ids])
-        sees = sees_ancestors([row], ids.shape[1]).to(ids.device)
-        logits.append(lm.run(ids, mask, mask.sum(-1), keep=(torch.zeros_like(columns), columns), sees=sees).logits.float())
+        sees = tree_attention([row], ids.shape[1]).to(ids.device)
+        logits.append(lm.run(ids, mask, mask.sum(-1), keep=(torch.zeros_like(columns), columns), attention=sees).logits.float())
     return torch.cat(logits)
 
 # %% ../../nbs/11b_refuser.ipynb #7745b5cc
