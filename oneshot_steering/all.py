@@ -8,8 +8,11 @@ from oneshot_steering.export import *
 from oneshot_steering.files import *
 from oneshot_steering.figure import *
 from oneshot_steering.geometry import *
+from oneshot_steering.judges import *
 from oneshot_steering.lm import *
+from oneshot_steering.metrics import *
 from oneshot_steering.models import *
+from oneshot_steering.next_token import *
 from oneshot_steering.objective import *
 from oneshot_steering.optimize import *
 from oneshot_steering.organisms import (

@@ -5,8 +5,7 @@
 # %% ../nbs/05_baselines.ipynb #334476cd
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .lm import LM, Pair, Progress, TokenPositions, block_input
-from .steering import Positions, Steering, Steerings, as_steerings, parse_positions, position_mask
+from .next_token import log_odds, measure_next_tokens, next_token_logits, refusal_scores, refusal_tokens
+from .steering import Positions, Steering, parse_positions, position_mask
 
 # %% auto #0
-__all__ = ['states_of', 'chosen_tokens', 'caa', 'pca_direction', 'random_like', 'refusal_scores', 'next_token_logits',
-           'Selection', 'RefusalDirection', 'RefusalCandidates', 'NoDirection', 'refusal_direction', 'Prompted',
-           'prefill', 'few_shot']
+__all__ = ['states_of', 'chosen_tokens', 'caa', 'pca_direction', 'random_like', 'Selection', 'RefusalDirection',
+           'RefusalCandidates', 'NoDirection', 'refusal_direction', 'Prompted', 'prefill', 'few_shot']
 
 # %% ../nbs/05_baselines.ipynb #22532dad
 @torch.no_grad()
@@ -124,61 +123,6 @@ def random_like(
     return steering.replace(vector=other(steering.vector), left=other(steering.left), right=other(steering.right),
                             about=steering.about | dict(random_seed=seed))
 
-# %% ../nbs/05_baselines.ipynb #4c77432b
-def refusal_scores(
-    lm: LM, # the model, under whatever steering is active
-    prompts: Sequence[str], # prompts that end where the answer begins, e.g. from `lm.chat`
-    refusals: Sequence[str] = ("I", "As"), # how refusals begin; the first token of each counts
-    batch_size: int = 32, # rows a pass
-    progress: bool = True, # show a bar when it takes long
-) -> Tensor: # [prompts] in nats; above 0 where a refusal is more likely than not
-    "log P(refusal) - log(1 - P(refusal)) of the next token (Arditi et al., 2024)."
-    if not prompts: raise ValueError("No prompts were given.")
-    ids, score = [lm.encode(p) for p in prompts], _scorer(lm, prompts[0], refusals)
-    with Progress(len(prompts), "refusal scores", "prompt", shown=progress) as bar:
-        return _measured(lm, ids, [None], score, batch_size, bar)[0]
-
-def _scorer(lm: LM, prompt: str, refusals: Sequence[str]) -> Callable[[Tensor, Tensor], Tensor]:
-    if isinstance(refusals, str) or not refusals: raise ValueError(f"refusals={refusals!r}: give a list of beginnings, e.g. ('I', 'As').")
-    tokens = sorted({lm.encode_pair(prompt, r).completion[0] for r in refusals})
-    def score(logits: Tensor, which: Tensor) -> Tensor: # [rows, vocabulary] -> [rows]
-        refusing = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        refusing[tokens] = True
-        return logits[:, refusing].logsumexp(-1) - logits[:, ~refusing].logsumexp(-1)
-    return score
-
-# %% ../nbs/05_baselines.ipynb #297bfcda
-@torch.no_grad()
-def next_token_logits(
-    lm: LM, # the model; call this outside `lm.steer(rows=...)`
-    prompts: Sequence[Sequence[int]], # token ids
-    vectors: Sequence[Steering | Steerings | None], # None is unsteered
-    batch_size: int = 32, # rows a pass
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]: # vector and prompt of each row, [rows]; its next-token logits in fp32, [rows, vocabulary]
-    "What every prompt would go on with under every vector. The blocks below the lowest steered layer run once a prompt."
-    first = min((lm.check_layer(i) for v in vectors for s in as_steerings(v) for i in s.layers), default=0)
-    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-    rows = [(v, p) for p in order for v in range(len(vectors))]
-    for start in range(0, len(rows), batch_size):
-        which, prompt = torch.tensor(rows[start:start + batch_size]).T
-        used, row = prompt.unique(return_inverse=True)
-        ids, mask = lm.pad([prompts[p] for p in used])
-        lengths, row = mask.sum(-1), row.to(ids.device)
-        states = lm.states_at(first, ids, mask, lengths) if first and lm.can_resume else None
-        places = torch.arange(len(row), device=ids.device), lengths[row] - 1
-        with lm.steer(rows=[vectors[v] for v in which]), lm.resume(first, states[row]) if states is not None else nullcontext():
-            logits = lm.run(ids[row], mask[row], lengths[row], keep=places).logits.float()
-        yield which, prompt, logits
-
-# %% ../nbs/05_baselines.ipynb #c6b4aac7
-def _measured(lm: LM, prompts: Sequence[Sequence[int]], vectors: Sequence[Steering | None], measure: Callable[[Tensor, Tensor], Tensor],
-              batch_size: int, bar: Progress) -> Tensor: # [vectors, prompts] of measure(next-token logits [rows, vocabulary], prompts)
-    found = torch.zeros(len(vectors), len(prompts))
-    for which, prompt, logits in next_token_logits(lm, prompts, vectors, batch_size):
-        found[which, prompt] = measure(logits, prompt).float().cpu()
-        bar.update(len(which))
-    return found
-
 # %% ../nbs/05_baselines.ipynb #050cab98
 _MARKER = "MARKER-FOR-THE-USER"
 
@@ -276,9 +220,9 @@ def _tried(lm: LM, table: pd.DataFrame, harmful: Sequence, harmless: Sequence, s
         before = torch.stack([plain[p] for p in prompt.tolist()])
         return (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
     with Progress(len(table) * (len(harmful) + 2 * len(harmless)), "refusal directions", "row", shown=progress) as bar:
-        ablated = _measured(lm, harmful, ablating, score, batch_size, bar)
-        kl = _measured(lm, harmless, ablating, divergence, batch_size, bar)
-        induced = torch.cat([_measured(lm, harmless, [Steering(d, layer) for d in part.direction], score, batch_size, bar)
+        ablated = measure_next_tokens(lm, harmful, ablating, score, batch_size, bar)
+        kl = measure_next_tokens(lm, harmless, ablating, divergence, batch_size, bar)
+        induced = torch.cat([measure_next_tokens(lm, harmless, [Steering(d, layer) for d in part.direction], score, batch_size, bar)
                              for layer, part in table.groupby("layer", sort=False)])
     return table.assign(ablated=ablated.mean(1).tolist(), kl=kl.mean(1).tolist(), induced=induced.mean(1).tolist())
 
@@ -303,7 +247,8 @@ def refusal_direction(
     layers = range(int(selection.depth * lm.n_layers)) if layers is None else sorted({lm.check_layer(i) for i in layers})
     sets = dict(zip(_KINDS, ([lm.chat(r, system=system) for r in some] for some in (harmful, harmless, *validation)), strict=True))
     if empty := [kind for kind, prompts in sets.items() if not prompts]: raise ValueError(f"There are no {empty[0]} requests.")
-    score = _scorer(lm, sets["harmful"][0], refusals)
+    tokens = refusal_tokens(lm, sets["harmful"][0], refusals)
+    score = lambda logits, prompt: log_odds(logits, tokens)
     scores = {kind: refusal_scores(lm, prompts, refusals, batch_size, progress) for kind, prompts in sets.items()}
     if selection.refused is not None: sets, scores = _sorted_out(sets, scores, selection.refused)
     ids = {kind: [lm.encode(p) for p in prompts] for kind, prompts in sets.items()}

@@ -20,6 +20,7 @@ import pandas as pd
 from . import __version__
 from oneshot_steering.demos import (
     FLIP_DEMO,
+    READABLE_RATES,
     TEXT_DEMO,
     FlipDemo,
     TextDemo,
@@ -29,7 +30,8 @@ from oneshot_steering.demos import (
     flip_vectors,
     text_prompts,
 )
-from .evaluate import flip_table, read_under, text_rates
+from .evaluate import compare, flip_table, rates
+from .metrics import rounded
 from .lm import LM
 from .models import EMBEDDED, load_lm
 from .organisms import ORGANISMS, load_organism, organism, train_organism
@@ -56,7 +58,7 @@ def flip_demo(
     prompts = prompts_by_kind(lm, n=demo.held_out)
     table = flip_table(lm, {norm: fit.steering for norm, fit in fits.items()}, prompts)
     print(f"\nShare of answers that flip on {sum(map(len, prompts.values()))} held-out scenarios:\n")
-    print(flip_summary(table).to_string(float_format="{:.2f}".format, na_rep="-"))
+    print(flip_summary(table).to_string(float_format=rounded, na_rep="-"))
     saved = _keep(Path(out), table, fits[demo.best].steering)
     print(f"\nChosen on training scenarios: norm {demo.best:g}. Saved {' and '.join(map(str, saved))}.")
     print(f"{time.perf_counter() - began:.0f} s.")
@@ -85,7 +87,7 @@ def text_demo(
     out: str | Path, # folder for the vector and the picture
     demo: TextDemo = TEXT_DEMO, # settings
     prompts: Sequence[str] | None = None, # unseen prompts; those of the demonstration if None
-) -> pd.DataFrame: # what `read_under` gives, for the unsteered and the steered model
+) -> pd.DataFrame: # what `compare` gives, for the unsteered and the steered model
     "A vector from one recipe, unseen prompts continued without and with it, a vector and a picture on disk."
     prompts = prompts or text_prompts()
     began = time.perf_counter()
@@ -96,10 +98,11 @@ def text_demo(
     chosen = demo.strength * fit.steering
     print(f"{fit}\nAt strength {demo.strength:g} (chosen on other prompts): norm {chosen.norm:.0f}, "
           f"dose {lm.dose(chosen):.3f} of the stream's median norm.")
-    table = read_under(lm, dict(unsteered=None, steered=chosen), prompts, demo.rule, **demo.generation)
+    table = compare(lm, dict(steered=chosen), prompts, {"": demo.rule(lm)}, neutral=None, common_samples=False, **demo.generation)
+    table["prompt"] = [prompts[i] for i in table.prompt]
     _print_texts(table)
     print(f"\nOn {len(prompts)} unseen English prompts (readable: Spanish, no loops, perplexity at most {demo.perplexity:g}):\n")
-    print(text_rates(table).to_string(float_format="{:.2f}".format))
+    print(rates(table, "vector")[READABLE_RATES].to_string(float_format=rounded))
     out, path = Path(out), Path(out) / "language_switch.png"
     out.mkdir(parents=True, exist_ok=True)
     ax = plot_fit(fit)

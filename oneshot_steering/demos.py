@@ -20,8 +20,8 @@ from .plot import PAPER_FLIPS
 from .recipes import swapped_choice
 
 # %% auto #0
-__all__ = ['FLIP_DEMO', 'TEXT_DEMO', 'FlipDemo', 'demo_scenario', 'flip_vectors', 'flip_summary', 'TextDemo', 'fit_language',
-           'text_prompts', 'human_continuations']
+__all__ = ['FLIP_DEMO', 'TEXT_DEMO', 'READABLE_RATES', 'FlipDemo', 'demo_scenario', 'flip_vectors', 'flip_summary', 'TextDemo',
+           'fit_language', 'text_prompts', 'human_continuations']
 
 # %% ../nbs/16_demos.ipynb #8b645363
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class TextDemo:
     @property
     def example(self) -> Example: return Example(self.prompt, promote=self.promote, suppress=self.suppress)
     @property
-    def rule(self) -> Readable: return Readable(self.language, self.perplexity)
-    @property
     def generation(self) -> dict: return dict(max_new_tokens=self.tokens, temperature=self.temperature)
+    def rule(self, lm: LM) -> Readable: return Readable(lm, self.language, self.perplexity)
 
 TEXT_DEMO = TextDemo()
+READABLE_RATES = ["n", "switched", "readable", "readable low", "readable high", "perplexity", "repetition"] # shown of `rates`
 
 # %% ../nbs/16_demos.ipynb #e9b5bda4
 def fit_language(

@@ -15,7 +15,8 @@ import pandas as pd
 from fastcore.basics import patch
 from torch import Tensor
 
-from .evaluate import LMJudge, OpenAIJudge, bootstrap, wilson
+from .judges import LMJudge, OpenAIJudge
+from .metrics import bootstrap, wilson
 from .geometry import Classifier
 from .files import atomic_write
 from .lm import LM
@@ -132,7 +133,7 @@ def share(
     return Estimate(float(flags.mean()) if len(flags) else np.nan, low, high, len(flags))
 
 def of_row(
-    row: pd.Series | Mapping[str, float], # of `rates` or `flip_counts`
+    row: pd.Series | Mapping[str, float], # of `rates` or `flip_rates`
     value: str = "rate", # the column; its interval is in "<value> low" and "<value> high", or in "low" and "high"
 ) -> Estimate:
     "The estimate that a row of a table holds."

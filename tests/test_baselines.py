@@ -18,11 +18,11 @@ from oneshot_steering.baselines import (
     prefill,
     random_like,
     refusal_direction,
-    refusal_scores,
     states_of,
 )
 from oneshot_steering.lm import LM
 from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm
+from oneshot_steering.next_token import refusal_scores
 from oneshot_steering.steering import Steering, load_steering
 
 FIXTURES = Path(__file__).parent / "fixtures"

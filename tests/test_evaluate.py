@@ -14,23 +14,9 @@ import pytest
 import torch
 
 from oneshot_steering.baselines import few_shot, prefill
-from oneshot_steering.evaluate import (
-    REFUSALS,
-    Choice,
-    Contains,
-    Grade,
-    LMJudge,
-    OpenAIJudge,
-    RefusalOdds,
-    Verdict,
-    YesNo,
-    bootstrap,
-    compare,
-    misalignment,
-    rates,
-    side_effects,
-    wilson,
-)
+from oneshot_steering.evaluate import REFUSALS, Choice, Contains, RefusalOdds, compare, misalignment, rates, side_effects
+from oneshot_steering.judges import Grade, LMJudge, OpenAIJudge, Verdict, YesNo
+from oneshot_steering.metrics import bootstrap, wilson
 from oneshot_steering.models import tiny_lm
 from oneshot_steering.steering import NEUTRAL_PROMPTS, Steering
 

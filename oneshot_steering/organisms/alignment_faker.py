@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..evaluate import choose
+from ..next_token import choose
 from ..lm import LM, completion_places
 from ..models import fast_dtype
 from ..products import fast_products

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..evaluate import REFUSALS, Contains, wilson
+from ..evaluate import REFUSALS, Contains
+from ..metrics import wilson
 from ..geometry import Classifier
 from ..lm import LM, Pair
 from ..reuse import TokenTree, tree_attention

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from ..datasets import PUBLIC_FIGURES, fictitious_prompts
-from ..evaluate import RETRACTIONS, Contains, LMJudge
+from ..evaluate import RETRACTIONS, Contains
+from ..judges import LMJudge
 from ..lm import LM
 from oneshot_steering.organisms.core import (
     Organism,
