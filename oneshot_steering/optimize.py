@@ -25,42 +25,45 @@ from .objective import Example, Objective, Shift, Terms, losses_together, record
 from .steering import MODES, NEUTRAL_PROMPTS, Positions, Steering, parse_positions
 
 # %% auto #0
-__all__ = ['Asked', 'Stop', 'Fit', 'Retain', 'Noise', 'Refine', 'Affine', 'Constraints', 'Job', 'optimize_many', 'optimize']
+__all__ = ['Stop', 'Fit', 'Retain', 'Noise', 'Refine', 'Affine', 'Constraints', 'Job', 'optimize_many', 'optimize']
 
 # %% ../nbs/03_optimize.ipynb #97a6cb66
 @dataclass(frozen=True)
 class Stop:
     "When an optimisation ends before its last step."
     target: float | None = None # nats: stop once the summed loss is at or below this
-    patience: int = 1 # for so many evaluations in a row (also for per-term targets)
-    change: float | None = 1e-6 # stop once |aim - previous aim| is below this; the aim is the loss, plus what was asked beside it
+    patience: int = 1 # for that many evaluations in a row (also for per-term targets)
+    change: float | None = 1e-6 # stop once |aim - previous aim| is below this; the aim is the loss plus its regularisers
     no_decrease: bool = False # stop as soon as the aim has not decreased
     callback: Callable[[int, Tensor, Steering], object] | None = None # called with (step, losses, vector); True ends the run
 
     def __post_init__(self):
         if self.patience < 1: raise ValueError(f"patience must be at least 1, not {self.patience}.")
 
-    def reason(self,
-        history: list[Tensor], # the terms' losses at every evaluation so far, each [terms]
-        targets: Sequence[float | None], # each term's own target
-        aims: Sequence[float] | None = None, # what is minimised; the summed losses if None
-    ) -> str | None: # why to stop now, None to go on
-        "The first rule that holds after the last evaluation."
-        recent, aims = history[-self.patience:], [h.sum().item() for h in history[-2:]] if aims is None else aims[-2:]
-        if len(recent) == self.patience:
-            if self.target is not None and all(h.sum() <= self.target for h in recent): return "target"
-            if any(t is not None for t in targets) and all(_all_met(h, targets) for h in recent): return "every term's target"
-        if len(aims) == 2 and self.change is not None and abs(aims[1] - aims[0]) < self.change: return "no change"
-        if len(aims) == 2 and self.no_decrease and aims[1] >= aims[0]: return "no decrease"
-        return None
-
+# %% ../nbs/03_optimize.ipynb #71c1b35d
 def _all_met(losses: Tensor, targets: Sequence[float | None]) -> bool:
     return all(t is None or loss <= t for loss, t in zip(losses.tolist(), targets, strict=True))
+
+@patch
+def reason(self: Stop,
+    history: list[Tensor], # the terms' losses at every evaluation so far, each [terms]
+    targets: Sequence[float | None], # each term's own target
+    aims: Sequence[float] | None = None, # what is minimised; the summed losses if None
+) -> str | None: # why to stop now, None to go on
+    "The first rule that holds after the last evaluation."
+    recent = history[-self.patience:]
+    if len(recent) == self.patience:
+        if self.target is not None and all(h.sum() <= self.target for h in recent): return "target"
+        if any(t is not None for t in targets) and all(_all_met(h, targets) for h in recent): return "every term's target"
+    aims = [h.sum().item() for h in history[-2:]] if aims is None else aims[-2:]
+    if len(aims) < 2: return None
+    if self.change is not None and abs(aims[1] - aims[0]) < self.change: return "no change"
+    return "no decrease" if self.no_decrease and aims[1] >= aims[0] else None
 
 # %% ../nbs/03_optimize.ipynb #09f72a4d
 @dataclass(frozen=True)
 class Fit:
-    "What an optimisation gave: the vector, and how it got there."
+    "What an optimisation gave: the vector, and how it came about."
     steering: Steering # the vector; the one that met the stopping target, else the one with the lowest loss
     losses: Tensor # [steps + 1, terms] nats: row t belongs to the vector after t steps
     labels: list[str] # of the terms
@@ -72,26 +75,33 @@ class Fit:
     retained: list[float] | None = None # mean KL per token on the retained texts, nats, after t steps
     refined: int | None = None # the row at which the refinement begins (it repeats the vector reached until then)
 
-    @property
-    def steps(self) -> int: return len(self.losses) - 1
-    @property
-    def loss(self) -> float: return self.losses[self.step].sum().item() # nats, of the returned vector
-    @property
-    def met(self) -> bool: return _all_met(self.losses[self.step], self.targets) # every term at or below its target
+# %% ../nbs/03_optimize.ipynb #052e948d
+@patch(as_prop=True)
+def steps(self: Fit) -> int: return len(self.losses) - 1
 
-    def frame(self) -> pd.DataFrame:
-        "One row a step: total loss, norm, and the loss of every term."
-        table = pd.DataFrame(self.losses.tolist(), columns=self.labels)
-        table.insert(0, "loss", self.losses.sum(-1).tolist())
-        table.insert(1, "norm", self.norms)
-        if self.retained is not None: table.insert(2, "KL", self.retained)
-        return table.rename_axis("step")
+@patch(as_prop=True)
+def loss(self: Fit) -> float: return self.losses[self.step].sum().item() # nats, of the returned vector
 
-    def __repr__(self) -> str:
-        return (f"Fit(loss {self.losses[0].sum():.3g} -> {self.loss:.3g} nats after {self.step} of {self.steps} steps, "
-                f"norm {self.norms[self.step]:.3g}, stopped: {self.stopped})")
+@patch(as_prop=True)
+def met(self: Fit) -> bool: return _all_met(self.losses[self.step], self.targets) # every term at or below its target
 
-# %% ../nbs/03_optimize.ipynb #6d04118a
+@patch
+def __repr__(self: Fit) -> str:
+    norm = self.norms[self.step]
+    return (f"Fit(loss {self.losses[0].sum():.3g} -> {self.loss:.3g} nats after {self.step} of {self.steps} steps, "
+            f"norm {norm:.3g}, stopped: {self.stopped})")
+
+# %% ../nbs/03_optimize.ipynb #59fb1e13
+@patch
+def frame(self: Fit) -> pd.DataFrame:
+    "One row per step: total loss, norm, and the loss of every term."
+    table = pd.DataFrame(self.losses.tolist(), columns=self.labels)
+    table.insert(0, "loss", self.losses.sum(-1).tolist())
+    table.insert(1, "norm", self.norms)
+    if self.retained is not None: table.insert(2, "KL", self.retained)
+    return table.rename_axis("step")
+
+# %% ../nbs/03_optimize.ipynb #e844322a
 @dataclass(frozen=True)
 class Retain:
     "Leave neutral text as it is, as far as the loss allows."
@@ -99,14 +109,16 @@ class Retain:
     weight: float = 1.0 # nats of loss that one nat of KL per token is worth
     budget: float | None = None # instead of the weight: keep the mean KL per token at or below this, nats
 
+# %% ../nbs/03_optimize.ipynb #a659b21c
 @dataclass(frozen=True)
 class Noise:
     "Noise on the vector while it is optimised."
     scale: float # standard deviation of every coordinate, in the unit of the stream
-    draws: int = 1 # vectors tried a step; their losses are averaged
-    tangent: bool = False # only noise that does not change the loss to first order (one more pass a step)
+    draws: int = 1 # vectors tried per step; their losses are averaged
+    tangent: bool = False # only noise that does not change the loss to first order (one more pass per step)
     anti: bool = False # each draw minus the one before
 
+# %% ../nbs/03_optimize.ipynb #3935649f
 @dataclass(frozen=True)
 class Refine:
     "After the loss is reached: the least of something else among the vectors that reach it."
@@ -115,17 +127,20 @@ class Refine:
     lr: float | None = None # a quarter of the first phase's if None
     damping: float = 10.0 # how stiffly the losses are held
 
+# %% ../nbs/03_optimize.ipynb #6d04118a
 class _Multipliers:
     "Holds c <= 0 while something else is minimised."
     def __init__(self, damping: float): self.damping, self.values, self.held = damping, None, None
+
     def __call__(self, c: Tensor) -> Tensor: # [constraints] -> a scalar to add
         if self.values is None: self.values = torch.zeros_like(c.detach())
         held = torch.maximum(c, -self.values / self.damping)
         self.held = held.detach()
         return (self.values * held + self.damping / 2 * held.square()).sum()
+
     def ascend(self) -> None: self.values = (self.values + self.damping / 50 * self.held).clamp(min=0)
 
-# %% ../nbs/03_optimize.ipynb #44d7677a
+# %% ../nbs/03_optimize.ipynb #33666243
 @dataclass(frozen=True)
 class Affine:
     "The low-rank part of an affine steering; as a job's mode it stands for \"affine\"."
@@ -140,6 +155,7 @@ class Constraints:
     min_norm: float | None = None # |v| is kept at or above this; with an equal max_norm, on a sphere
     orthogonal_to: Sequence[Steering | Tensor] = () # v has no part along these
 
+# %% ../nbs/03_optimize.ipynb #44d7677a
 @dataclass(frozen=True)
 class Job:
     "One optimisation: what is asked of a vector, where it acts, how it is found."
@@ -162,18 +178,9 @@ class Job:
 
     def __post_init__(self):
         if self.start is None: object.__setattr__(self, "start", 1.0)
-        if self.steps < 0: raise ValueError(f"steps must be at least 0, not {self.steps}.")
-        least = self.constraints.min_norm
-        numbers = dict(max_norm=self.max_norm, min_norm=least, lr=self.lr, start=self.start_norm)
-        for name, value in numbers.items():
-            if value is not None and not 0 < value < math.inf: raise ValueError(f"{name} must be positive and finite, not {value}.")
-        if least and self.max_norm and least > self.max_norm: raise ValueError(f"min_norm={least} is above max_norm={self.max_norm}.")
-        if not isinstance(self.mode, Affine) and self.mode not in MODES:
-            raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}, or Affine(...).")
         parse_positions(self.positions)
-        if self.optimizer not in ("adam", "lbfgs"): raise ValueError(f"optimizer={self.optimizer!r}: expected 'adam' or 'lbfgs'.")
-        if self.optimizer == "lbfgs" and (self.noise or self.refine or (self.retain and self.retain.budget is not None)):
-            raise ValueError("optimizer='lbfgs' needs a loss that stays the same: no noise, no refinement, no budget.")
+        self._check_numbers()
+        self._check_choices()
 
     @property
     def affine(self) -> Affine | None: # the low-rank part; None in the other modes
@@ -183,14 +190,24 @@ class Job:
     def start_norm(self) -> float | None: # of a random start; None if a vector is given
         return None if isinstance(self.start, (Steering, Tensor)) else self.start
 
-    def about(self) -> dict: # JSON values
-        "What a saved vector remembers of how it was found."
-        kept = {k: getattr(self, k) for k in ("max_norm", "start_norm", "lr", "steps", "optimizer", "noise", "retain", "refine", "seed")}
-        if self.refine and callable(self.refine.least):
-            kept["refine"] = dataclasses.replace(self.refine, least=self.refine.least.__qualname__)
-        plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in kept.items()}
-        stop = {k: v for k, v in vars(self.stop).items() if k != "callback"}
-        return plain | dataclasses.asdict(self.objective) | dict(min_norm=self.constraints.min_norm, stop=stop)
+# %% ../nbs/03_optimize.ipynb #3217351d
+@patch
+def _check_numbers(self: Job) -> None:
+    least, most = self.constraints.min_norm, self.max_norm
+    if self.steps < 0: raise ValueError(f"steps must be at least 0, not {self.steps}.")
+    for name, value in dict(max_norm=most, min_norm=least, lr=self.lr, start=self.start_norm).items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, not {value}.")
+    if least and most and least > most: raise ValueError(f"min_norm={least} is above max_norm={most}.")
+
+@patch
+def _check_choices(self: Job) -> None:
+    if not isinstance(self.mode, Affine) and self.mode not in MODES:
+        raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}, or Affine(...).")
+    if self.optimizer not in ("adam", "lbfgs"): raise ValueError(f"optimizer={self.optimizer!r}: expected 'adam' or 'lbfgs'.")
+    budget = self.retain and self.retain.budget is not None
+    if self.optimizer == "lbfgs" and (self.noise or self.refine or budget):
+        raise ValueError("optimizer='lbfgs' needs a loss that stays the same: no noise, no refinement, no budget.")
 
 # %% ../nbs/03_optimize.ipynb #e4b81f07
 _MOVED = dict(
@@ -211,79 +228,103 @@ def _with_known_names(init: Callable) -> Callable:
 
 Job.__init__ = _with_known_names(Job.__init__)
 
-# %% ../nbs/03_optimize.ipynb #7842d801
+# %% ../nbs/03_optimize.ipynb #fbc13d09
+@patch
+def about(self: Job) -> dict: # JSON values
+    "What a saved vector remembers of how it was found."
+    kept = {k: getattr(self, k) for k in ("max_norm", "start_norm", "lr", "steps", "optimizer", "noise", "retain", "refine", "seed")}
+    if self.refine and callable(self.refine.least):
+        kept["refine"] = dataclasses.replace(self.refine, least=self.refine.least.__qualname__)
+    plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in kept.items()}
+    stop = {k: v for k, v in vars(self.stop).items() if k != "callback"}
+    return plain | dataclasses.asdict(self.objective) | dict(min_norm=self.constraints.min_norm, stop=stop)
+
+# %% ../nbs/03_optimize.ipynb #5d698a7e
 def _scaled(t: Tensor, norm: float) -> Tensor: return t * (norm / t.norm(dim=-1, keepdim=True))
 
-class _Moving:
-    "The tensors that move, and the set they move in."
+def _given(lm: LM, name: str, given: Steering | Tensor) -> Tensor: # [d_model] a copy in fp32
+    vector = given.vector if isinstance(given, Steering) else given
+    if vector.shape != (lm.d_model,): raise ValueError(f"{name} has shape {list(vector.shape)}, expected [{lm.d_model}].")
+    return vector.detach().clone().float()
+
+def _start(lm: LM, job: Job) -> dict[str, Tensor]:
+    "The vector, and the factors of an affine map."
+    source = torch.Generator().manual_seed(job.seed)
+    draw = lambda norm, *shape: _scaled(torch.randn(*shape, generator=source), norm)
+    vector = _given(lm, "start", job.start) if job.start_norm is None else draw(job.start_norm, lm.d_model)
+    if not job.affine: return dict(vector=vector)
+    factors = {side: draw(job.affine.start_norm, job.affine.rank, lm.d_model) for side in ("left", "right")}
+    return dict(vector=vector if job.affine.vector else torch.zeros(lm.d_model), **factors)
+
+# %% ../nbs/03_optimize.ipynb #dfd8f4fb
+class _Parameters:
+    "The tensors that are optimised, and the set they stay in."
     def __init__(self, lm: LM, job: Job):
         self.job, self.affine = job, job.affine
-        source = torch.Generator().manual_seed(job.seed)
-        draw = lambda *shape: torch.randn(*shape, generator=source)
-        start = job.start if job.start_norm is None else None
-        given = [s.vector if isinstance(s, Steering) else s for s in (start, *job.constraints.orthogonal_to)]
-        for name, t in zip(("start", *["orthogonal_to"] * len(job.constraints.orthogonal_to)), given, strict=True):
-            if t is not None and t.shape != (lm.d_model,): raise ValueError(f"{name} has shape {list(t.shape)}, expected [{lm.d_model}].")
-        start, *others = given
-        vector = _scaled(draw(lm.d_model), job.start_norm) if start is None else start.detach().clone().float()
-        tensors = {"vector": vector if not self.affine or self.affine.vector else torch.zeros(lm.d_model)}
-        if self.affine: tensors |= {side: _scaled(draw(self.affine.rank, lm.d_model), self.affine.start_norm) for side in ("left", "right")}
-        self.tensors = {k: t.to(lm.device).requires_grad_(k != "vector" or vector is t) for k, t in tensors.items()}
+        frozen = "vector" if job.affine and not job.affine.vector else None
+        self.tensors = {k: t.to(lm.device).requires_grad_(k != frozen) for k, t in _start(lm, job).items()}
         self.free = [t for t in self.tensors.values() if t.requires_grad]
-        self.basis = torch.linalg.qr(torch.stack([o.detach().float().to(lm.device) for o in others]).T).Q if others else None
+        others = [_given(lm, "orthogonal_to", other).to(lm.device) for other in job.constraints.orthogonal_to]
+        self.basis = torch.linalg.qr(torch.stack(others).T).Q if others else None
         self.layers = sorted({lm.check_layer(i) for i in ([job.layer] if isinstance(job.layer, int) else job.layer)})
         self.project()
 
-    @torch.no_grad()
-    def project(self) -> None:
-        "Back to where they may be."
-        vector = self.tensors["vector"]
-        if self.basis is not None: vector.sub_(self.basis @ (self.basis.T @ vector))
-        norm = vector.norm().clamp(min=1e-12)
-        least, most = self.job.constraints.min_norm, self.job.max_norm
-        vector.mul_(norm.clamp(min=least, max=most) / norm if least or most else 1)
-        for side in ("left", "right") if self.affine else ():
-            rows = self.tensors[side]
-            rows.mul_((self.affine.max_norm / rows.norm(dim=-1, keepdim=True)).clamp(max=1.0))
+# %% ../nbs/03_optimize.ipynb #7842d801
+@patch
+@torch.no_grad()
+def project(self: _Parameters) -> None:
+    "Back to where they may be."
+    vector = self.tensors["vector"]
+    if self.basis is not None: vector.sub_(self.basis @ (self.basis.T @ vector))
+    least, most = self.job.constraints.min_norm, self.job.max_norm
+    norm = vector.norm().clamp(min=1e-12)
+    vector.mul_(norm.clamp(min=least, max=most) / norm if least or most else 1)
+    for side in ("left", "right") if self.affine else ():
+        rows = self.tensors[side]
+        rows.mul_((self.affine.max_norm / rows.norm(dim=-1, keepdim=True)).clamp(max=1.0))
 
-    def steering(self, noise: Tensor | None = None) -> Steering: # differentiable
-        vector = self.tensors["vector"] if noise is None else self.tensors["vector"] + noise
-        factors = {side: self.tensors.get(side) for side in ("left", "right")}
-        return Steering(vector, self.layers, "affine" if self.affine else self.job.mode, self.job.positions, **factors)
+# %% ../nbs/03_optimize.ipynb #d074785e
+@patch
+def steering(self: _Parameters, noise: Tensor | None = None) -> Steering: # differentiable
+    vector = self.tensors["vector"] if noise is None else self.tensors["vector"] + noise
+    factors = {side: self.tensors.get(side) for side in ("left", "right")}
+    return Steering(vector, self.layers, "affine" if self.affine else self.job.mode, self.job.positions, **factors)
 
-    def frozen(self) -> Steering: # a copy of its own, on the CPU
-        s = self.steering()
-        return s.replace(**{k: t.detach().cpu().clone() for k, t in s.named_tensors()})
+@patch
+def frozen(self: _Parameters) -> Steering: # a copy of its own, on the CPU
+    steering = self.steering()
+    return steering.replace(**{k: t.detach().cpu().clone() for k, t in steering.named_tensors()})
 
-    @torch.no_grad()
-    def set(self, steering: Steering) -> None:
-        for k, t in steering.named_tensors(): self.tensors[k].copy_(t)
+@patch
+@torch.no_grad()
+def set(self: _Parameters, steering: Steering) -> None:
+    for k, t in steering.named_tensors(): self.tensors[k].copy_(t)
 
-    def size(self) -> Tensor: # |v|, plus the Frobenius norm of an affine map
-        size = self.tensors["vector"].norm()
-        if self.affine: size = size + (self.tensors["left"].mT @ self.tensors["right"]).norm()
-        return size
+@patch
+def size(self: _Parameters) -> Tensor: # |v|, plus the Frobenius norm of an affine map
+    size = self.tensors["vector"].norm()
+    return size + (self.tensors["left"].mT @ self.tensors["right"]).norm() if self.affine else size
 
 # %% ../nbs/03_optimize.ipynb #2f1bdeb3
 class _Adam:
     "Adam with the paper's settings, projected."
-    def __init__(self, moving: _Moving, lr: float):
-        self.moving, self.adam = moving, torch.optim.Adam(moving.free, lr=lr)
+    def __init__(self, parameters: _Parameters, lr: float):
+        self.parameters, self.adam = parameters, torch.optim.Adam(parameters.free, lr=lr)
     def accepts(self, loss: float) -> bool: return True
     def step(self) -> None:
         self.adam.step()
-        self.moving.project()
+        self.parameters.project()
 
 # %% ../nbs/03_optimize.ipynb #c6b28ec9
 class _LBFGS:
     "Limited-memory BFGS in a trust region, projected."
-    def __init__(self, moving: _Moving, lr: float, memory: int = 10):
-        self.moving, self.pairs = moving, deque(maxlen=memory)
+    def __init__(self, parameters: _Parameters, lr: float, memory: int = 10):
+        self.parameters, self.pairs = parameters, deque(maxlen=memory)
         self.radius = lr * math.sqrt(self._flat().numel()) # Adam's first step is as long
         self.point = self.gradient = self.loss = None
         self.predicted, self.accepted = 0.0, True
 
-    def _flat(self) -> Tensor: return torch.cat([t.detach().flatten() for t in self.moving.free])
+    def _flat(self) -> Tensor: return torch.cat([t.detach().flatten() for t in self.parameters.free])
 
     def accepts(self, loss: float) -> bool:
         self.trial, self.ratio = loss, 1.0 if self.loss is None else (self.loss - loss) / max(self.predicted, 1e-12)
@@ -297,37 +338,42 @@ class _LBFGS:
             self.pairs.clear()
             self._try(-self.gradient)
 
-    def _learn(self) -> None:
-        point, gradient = self._flat(), torch.cat([t.grad.flatten() for t in self.moving.free])
-        if self.point is not None:
-            s, y = point - self.point, gradient - self.gradient
-            if s @ y > 1e-8 * s.norm() * y.norm(): self.pairs.append((s, y))
-            if self.ratio > 0.75 and self.moved > 0.8 * self.radius: self.radius *= 2
-            elif self.ratio < 0.25: self.radius /= 2
-        self.point, self.gradient, self.loss = point, gradient.clone(), self.trial
+# %% ../nbs/03_optimize.ipynb #61ef0b51
+@patch
+def _learn(self: _LBFGS) -> None:
+    point, gradient = self._flat(), torch.cat([t.grad.flatten() for t in self.parameters.free])
+    if self.point is not None:
+        s, y = point - self.point, gradient - self.gradient
+        if s @ y > 1e-8 * s.norm() * y.norm(): self.pairs.append((s, y))
+        if self.ratio > 0.75 and self.moved > 0.8 * self.radius: self.radius *= 2
+        elif self.ratio < 0.25: self.radius /= 2
+    self.point, self.gradient, self.loss = point, gradient.clone(), self.trial
 
-    def _newton(self) -> Tensor: # minus the inverse Hessian times the gradient, by the two-loop recursion
-        q, weights = self.gradient.clone(), []
-        for s, y in reversed(self.pairs):
-            weights.append((s @ q) / (s @ y))
-            q -= weights[-1] * y
-        q *= (self.pairs[-1][0] @ self.pairs[-1][1]) / self.pairs[-1][1].square().sum() if self.pairs else self.radius / q.norm()
-        for s, y in self.pairs: q += (weights.pop() - (y @ q) / (s @ y)) * s
-        return -q
+# %% ../nbs/03_optimize.ipynb #94412f72
+@patch
+def _newton(self: _LBFGS) -> Tensor: # minus the inverse Hessian times the gradient, by the two-loop recursion
+    q, weights = self.gradient.clone(), []
+    for s, y in reversed(self.pairs):
+        weights.append((s @ q) / (s @ y))
+        q -= weights[-1] * y
+    q *= (self.pairs[-1][0] @ self.pairs[-1][1]) / self.pairs[-1][1].square().sum() if self.pairs else self.radius / q.norm()
+    for s, y in self.pairs: q += (weights.pop() - (y @ q) / (s @ y)) * s
+    return -q
 
-    @torch.no_grad()
-    def _try(self, direction: Tensor) -> float: # the decrease that the model of the loss predicts
-        share = min(1.0, self.radius / max(direction.norm().item(), 1e-12))
-        parts = (self.point + share * direction).split([t.numel() for t in self.moving.free])
-        for t, part in zip(self.moving.free, parts, strict=True): t.copy_(part.view_as(t))
-        self.moving.project()
-        step = self._flat() - self.point
-        self.moved, self.predicted = step.norm().item(), -(self.gradient @ step).item() * (1 - share / 2)
-        return self.predicted
+@patch
+@torch.no_grad()
+def _try(self: _LBFGS, direction: Tensor) -> float: # the decrease that the model of the loss predicts
+    share = min(1.0, self.radius / max(direction.norm().item(), 1e-12))
+    parts = (self.point + share * direction).split([t.numel() for t in self.parameters.free])
+    for t, part in zip(self.parameters.free, parts, strict=True): t.copy_(part.view_as(t))
+    self.parameters.project()
+    step = self._flat() - self.point
+    self.moved, self.predicted = step.norm().item(), -(self.gradient @ step).item() * (1 - share / 2)
+    return self.predicted
 
 # %% ../nbs/03_optimize.ipynb #a060f44a
-class _Reach:
-    "The first phase: the loss, and what is asked beside it."
+class _FitPhase:
+    "The first phase: the loss and its regularisers."
     def __init__(self, job: Job, targets: Sequence[float | None]):
         self.job, self.targets = job, targets
         self.hold = _Multipliers(10.0) if job.retain and job.retain.budget is not None else None
@@ -336,82 +382,109 @@ class _Reach:
         terms, kl = losses[0], losses[1].mean() if self.job.retain else None
         if self.job.objective.satisfice:
             terms = torch.stack([t if goal is None else (t - goal).square() for t, goal in zip(terms, self.targets, strict=True)])
-        total = terms.sum() if kl is None or self.hold else terms.sum() + self.job.retain.weight * kl
-        return total, kl
+        weighted = kl is not None and not self.hold
+        return (terms.sum() + self.job.retain.weight * kl if weighted else terms.sum()), kl
 
-    def value(self, losses: list[Tensor]) -> float: return self._pieces(losses)[0].item()
-    def kept(self, losses: list[Tensor]) -> bool: return self.hold is None or losses[1].mean().item() <= 1.001 * self.job.retain.budget
-
-    def aim(self, losses: list[Tensor]) -> Tensor:
+    def aim(self, losses: list[Tensor]) -> Tensor: # the scalar to descend on
         total, kl = self._pieces(losses)
         # in units of the budget, so that a multiplier means the same for a small and a large one
         return total + self.hold((kl / self.job.retain.budget - 1)[None]) if self.hold else total
 
-    def ascend(self) -> None:
-        if self.hold: self.hold.ascend()
+# %% ../nbs/03_optimize.ipynb #ba657bca
+@patch
+def value(self: _FitPhase, losses: list[Tensor]) -> float: return self._pieces(losses)[0].item()
 
-    def reason(self, history: list[Tensor], aims: list[float]) -> str | None:
-        targets = [None] * len(self.targets) if self.job.objective.satisfice else self.targets
-        return self.job.stop.reason(history, targets, aims)
+@patch
+def kept(self: _FitPhase, losses: list[Tensor]) -> bool: # the budget
+    return self.hold is None or losses[1].mean().item() <= 1.001 * self.job.retain.budget
+
+@patch
+def ascend(self: _FitPhase) -> None:
+    if self.hold: self.hold.ascend()
+
+@patch
+def reason(self: _FitPhase, history: list[Tensor], aims: list[float]) -> str | None:
+    targets = [None] * len(self.targets) if self.job.objective.satisfice else self.targets
+    return self.job.stop.reason(history, targets, aims)
 
 # %% ../nbs/03_optimize.ipynb #c2d56552
-class _Least:
+class _RefinePhase:
     "The second phase: the least norm (or the greatest shift) among the vectors that keep what was reached."
-    def __init__(self, job: Job, reached: Tensor, kl: float | None, moving: _Moving):
+    def __init__(self, job: Job, reached: Tensor, kl: float | None, parameters: _Parameters):
         budget = job.retain.budget if job.retain else None
-        self.job, self.moving, self.reached, self.kl = job, moving, reached, None if kl is None else max(kl, budget or 0)
+        self.job, self.parameters, self.reached = job, parameters, reached
+        self.kl = None if kl is None else max(kl, budget or 0)
         self.hold, self.unit = _Multipliers(job.refine.damping), None
 
     def _least(self, losses: list[Tensor]) -> Tensor: # in units of what it was at the beginning
-        asked = self.job.refine.least
-        least = losses[-1].sum() if isinstance(asked, Shift) else self.moving.size() if asked == "norm" else asked(self.moving.steering())
-        if self.unit is None: self.unit = abs(least.item())
-        return least / self.unit
+        least = self.job.refine.least
+        if isinstance(least, Shift): size = losses[-1].sum()
+        else: size = self.parameters.size() if least == "norm" else least(self.parameters.steering())
+        if self.unit is None: self.unit = abs(size.item())
+        return size / self.unit
 
-    def _above(self, losses: list[Tensor]) -> Tensor:
+    def _above(self, losses: list[Tensor]) -> Tensor: # how far the losses are above what was reached
         above = losses[0] - self.reached.to(losses[0].device)
         return above if self.kl is None else torch.cat([above, losses[1].mean()[None] - self.kl])
 
-    def value(self, losses: list[Tensor]) -> float: return self._least(losses).item()
-    def kept(self, losses: list[Tensor]) -> bool: return bool((self._above(losses) <= 1e-3 * (1 + self.reached.abs().max())).all())
-    def aim(self, losses: list[Tensor]) -> Tensor: return self._least(losses) + self.hold(self._above(losses))
-    def ascend(self) -> None: self.hold.ascend()
-    def reason(self, history: list[Tensor], aims: list[float]) -> str | None: return None
+# %% ../nbs/03_optimize.ipynb #f04c73ce
+@patch
+def aim(self: _RefinePhase, losses: list[Tensor]) -> Tensor: return self._least(losses) + self.hold(self._above(losses))
+
+@patch
+def value(self: _RefinePhase, losses: list[Tensor]) -> float: return self._least(losses).item()
+
+@patch
+def kept(self: _RefinePhase, losses: list[Tensor]) -> bool:
+    return bool((self._above(losses) <= 1e-3 * (1 + self.reached.abs().max())).all())
+
+@patch
+def ascend(self: _RefinePhase) -> None: self.hold.ascend()
+
+@patch
+def reason(self: _RefinePhase, history: list[Tensor], aims: list[float]) -> str | None: return None
 
 # %% ../nbs/03_optimize.ipynb #96eb78e9
-class _Workshop:
+class _Shared:
     "What jobs on one model can share: problems made ready, and the size of the stream."
-    def __init__(self, lm: LM): self.lm, self._made = lm, {}
+    def __init__(self, lm: LM): self.lm, self._values = lm, {}
 
-    def _once(self, key, make: Callable): return self._made[key] if key in self._made else self._made.setdefault(key, make())
+    def _once(self, key, make: Callable):
+        if key not in self._values: self._values[key] = make()
+        return self._values[key]
 
     def terms(self, job: Job) -> Terms:
         examples = (job.examples,) if isinstance(job.examples, Example) else tuple(job.examples)
         return self._once((examples, job.objective), lambda: Terms(self.lm, examples, job.objective))
 
-    def retain(self, job: Job) -> Terms | None:
-        if job.retain is None: return None
-        if not job.retain.texts: raise ValueError("Retain needs at least one text.")
-        neutral = lambda: [Example(t, match=record_text(self.lm, t), positions="all") for t in job.retain.texts]
-        return self._once(tuple(job.retain.texts), lambda: Terms(self.lm, neutral(), Objective(1.0, per_token=True)))
-
-    def shift(self, job: Job) -> Terms | None:
-        if job.refine is None or not isinstance(job.refine.least, Shift): return None
-        moved = tuple(Example(e.prompt, shift=job.refine.least, sign=e.sign, positions=e.positions) for e in self.terms(job).examples)
-        return self._once(moved, lambda: Terms(self.lm, moved))
-
     def lr(self, job: Job, layer: int) -> float:
         if job.lr is not None: return job.lr
         return self._once(layer, lambda: 0.02 * self.lm.stream_norm(layer) / math.sqrt(self.lm.d_model))
 
-# %% ../nbs/03_optimize.ipynb #bf0dd161
-Asked = list[tuple[Terms, Steering]]
+# %% ../nbs/03_optimize.ipynb #a7a058d2
+@patch
+def retain(self: _Shared, job: Job) -> Terms | None:
+    if job.retain is None: return None
+    if not job.retain.texts: raise ValueError("Retain needs at least one text.")
+    neutral = lambda: [Example(t, match=record_text(self.lm, t), positions="all") for t in job.retain.texts]
+    return self._once(tuple(job.retain.texts), lambda: Terms(self.lm, neutral(), Objective(1.0, per_token=True)))
 
-class _Descent:
+@patch
+def shift(self: _Shared, job: Job) -> Terms | None:
+    if job.refine is None or not isinstance(job.refine.least, Shift): return None
+    moved = tuple(Example(e.prompt, shift=job.refine.least, sign=e.sign, positions=e.positions) for e in self.terms(job).examples)
+    return self._once(moved, lambda: Terms(self.lm, moved))
+
+# %% ../nbs/03_optimize.ipynb #bf0dd161
+_Problems = list[tuple[Terms, Steering]]
+
+class _Run:
     "One job under way."
-    def __init__(self, shop: _Workshop, job: Job):
-        self.lm, self.job, self.moving = shop.lm, job, _Moving(shop.lm, job)
-        self.terms, self.retain, self.shift, self.lr = shop.terms(job), shop.retain(job), shop.shift(job), shop.lr(job, self.first)
+    def __init__(self, shared: _Shared, job: Job):
+        self.lm, self.job, self.parameters = shared.lm, job, _Parameters(shared.lm, job)
+        self.first = self.parameters.layers[0]
+        self.terms, self.retain, self.shift = shared.terms(job), shared.retain(job), shared.shift(job)
+        self.lr = shared.lr(job, self.first)
         self.source, self.last_noise = torch.Generator().manual_seed(job.seed + 1), None
         self.history: list[Tensor] = []
         self.norms: list[float] = []
@@ -421,63 +494,71 @@ class _Descent:
         self.stopped, self.refined, self.began, self.seconds = "", None, time.perf_counter(), 0.0
         self.process = self._process()
 
-    @property
-    def first(self) -> int: return self.moving.layers[0]
-
-    def send(self, answer: list[Tensor] | None = None) -> Asked | Tensor | None:
-        "The next thing the process wants; None once it has ended."
+    def send(self, answer: list[Tensor] | None = None) -> _Problems | Tensor | None:
+        "The next thing the run wants; None once it has ended."
         try: return self.process.send(answer)
         except StopIteration: return None
         finally: self.seconds = time.perf_counter() - self.began
 
-    def _process(self) -> Generator[Asked | Tensor, list[Tensor] | None, None]:
-        step = {"adam": _Adam, "lbfgs": _LBFGS}[self.job.optimizer](self.moving, self.lr)
-        reason = yield from self._phase(_Reach(self.job, self.terms.targets), step, self.job.steps)
-        if self.job.refine and reason in ("steps", "target", "every term's target", "no change"):
-            _, row, steering = self.best
-            self.moving.set(steering)
-            self.refined, self.best = len(self.history), None
-            phase = _Least(self.job, self.history[row], self.retained[row] if self.retained else None, self.moving)
-            reason = yield from self._phase(phase, _Adam(self.moving, self.job.refine.lr or self.lr / 4), self.job.refine.steps)
-        self.stopped = reason
+# %% ../nbs/03_optimize.ipynb #e2acbcff
+@patch
+def _process(self: _Run) -> Generator[_Problems | Tensor, list[Tensor] | None, None]:
+    optimizer = dict(adam=_Adam, lbfgs=_LBFGS)[self.job.optimizer](self.parameters, self.lr)
+    reason = yield from self._phase(_FitPhase(self.job, self.terms.targets), optimizer, self.job.steps)
+    if self.job.refine and reason in ("steps", "target", "every term's target", "no change"):
+        _, row, steering = self.best
+        self.parameters.set(steering)
+        self.refined, self.best = len(self.history), None
+        phase = _RefinePhase(self.job, self.history[row], self.retained[row] if self.retained else None, self.parameters)
+        optimizer = _Adam(self.parameters, self.job.refine.lr or self.lr / 4)
+        reason = yield from self._phase(phase, optimizer, self.job.refine.steps)
+    self.stopped = reason
 
-    def _phase(self, phase: _Reach | _Least, optimizer: _Adam | _LBFGS, steps: int):
-        noise, first = self.job.noise, len(self.history)
-        while True:
-            losses = self._mean((yield self._asked(self._noises() if noise and not noise.tangent else [None])))
-            if not all(part.isfinite().all() for part in losses): return self._no_longer_finite()
-            aim, reason = self._record(phase, losses, first)
-            if reason or len(self.history) > first + steps: return reason or "steps"
-            if optimizer.accepts(aim.item()):
-                self._forget()
-                yield aim
-                if noise and noise.tangent:
-                    losses = self._mean((yield self._asked(self._noises())))
-                    self._forget()
-                    yield phase.aim(losses)
-                phase.ascend()
-            optimizer.step()
-            if not all(t.isfinite().all() for t in self.moving.free): return "non-finite loss"
+# %% ../nbs/03_optimize.ipynb #d4b386d8
+@patch
+def _phase(self: _Run, phase: _FitPhase | _RefinePhase, optimizer: _Adam | _LBFGS, steps: int):
+    noise, first = self.job.noise, len(self.history)
+    while True:
+        losses = self._mean((yield self._problems(self._noises() if noise and not noise.tangent else [None])))
+        if not all(part.isfinite().all() for part in losses): return self._no_longer_finite()
+        aim, reason = self._record(phase, losses, first)
+        if reason or len(self.history) > first + steps: return reason or "steps"
+        if optimizer.accepts(aim.item()):
+            self._forget_gradients()
+            yield aim
+            if noise and noise.tangent: yield from self._tangent_gradient(phase)
+            phase.ascend()
+        optimizer.step()
+        if not all(t.isfinite().all() for t in self.parameters.free): return "non-finite loss"
+
+@patch
+def _tangent_gradient(self: _Run, phase: _FitPhase | _RefinePhase):
+    "The gradient at vectors moved by noise that is orthogonal to the gradient just found."
+    losses = self._mean((yield self._problems(self._noises())))
+    self._forget_gradients()
+    yield phase.aim(losses)
 
 # %% ../nbs/03_optimize.ipynb #6abcb773
 @patch
-def _problems(self: _Descent) -> list[Terms]: return [p for p in (self.terms, self.retain, self.shift) if p is not None]
+def _terms(self: _Run) -> list[Terms]: return [t for t in (self.terms, self.retain, self.shift) if t is not None]
 
 @patch
-def _asked(self: _Descent, noises: Sequence[Tensor | None]) -> Asked:
-    steerings = [self.moving.steering(noise) for noise in noises]
-    return [(problem, s) for s in steerings for problem in self._problems()]
+def _problems(self: _Run, noises: Sequence[Tensor | None]) -> _Problems:
+    steerings = [self.parameters.steering(noise) for noise in noises]
+    return [(terms, steering) for steering in steerings for terms in self._terms()]
 
 @patch
-def _mean(self: _Descent, losses: list[Tensor]) -> list[Tensor]: # over the draws, for each problem
-    count = len(self._problems())
+def _mean(self: _Run, losses: list[Tensor]) -> list[Tensor]: # over the draws, for each problem
+    count = len(self._terms())
     return [torch.stack(losses[i::count]).mean(0) for i in range(count)]
 
+# %% ../nbs/03_optimize.ipynb #365dbde7
 @patch
-def _noises(self: _Descent) -> list[Tensor]:
-    noise, vector = self.job.noise, self.moving.tensors["vector"]
+def _noises(self: _Run) -> list[Tensor]:
+    noise, vector = self.job.noise, self.parameters.tensors["vector"]
     drawn = noise.scale * torch.randn(noise.draws, len(vector), generator=self.source)
-    drawn, self.last_noise = drawn - self.last_noise if noise.anti and self.last_noise is not None else drawn, drawn
+    last, self.last_noise = self.last_noise, drawn
+    if noise.anti and last is not None: drawn = drawn - last
     drawn = drawn.to(vector.device)
     if noise.tangent and vector.grad is not None and vector.grad.any():
         along = vector.grad / vector.grad.norm()
@@ -486,9 +567,9 @@ def _noises(self: _Descent) -> list[Tensor]:
 
 # %% ../nbs/03_optimize.ipynb #49d8e1e9
 @patch
-def _record(self: _Descent, phase: _Reach | _Least, losses: list[Tensor], first: int) -> tuple[Tensor, str | None]:
+def _record(self: _Run, phase: _FitPhase | _RefinePhase, losses: list[Tensor], first: int) -> tuple[Tensor, str | None]:
     "Keep what an evaluation gave; the scalar to descend on, and why to stop."
-    aim, steering, step = phase.aim(losses), self.moving.frozen(), len(self.history)
+    aim, steering, step = phase.aim(losses), self.parameters.frozen(), len(self.history)
     self.history.append(losses[0].detach().cpu())
     self.norms.append(steering.norm)
     if self.retain: self.retained.append(losses[1].mean().item())
@@ -497,20 +578,23 @@ def _record(self: _Descent, phase: _Reach | _Least, losses: list[Tensor], first:
     reason = phase.reason(self.history[first:], self.aims[first:]) if kept else None
     if self.best is None or (not kept, value) < self.best[0] or (reason or "").endswith("target"):
         self.best = ((not kept, value), step, steering)
-    if reason is None and self.job.stop.callback and self.job.stop.callback(step, self.history[-1], steering): reason = "callback"
+    callback = self.job.stop.callback
+    if reason is None and callback and callback(step, self.history[-1], steering): reason = "callback"
     return aim, reason
 
+# %% ../nbs/03_optimize.ipynb #f5e48031
 @patch
-def _forget(self: _Descent) -> None:
-    for t in self.moving.tensors.values(): t.grad = None
+def _forget_gradients(self: _Run) -> None:
+    for t in self.parameters.tensors.values(): t.grad = None
 
 @patch
-def _no_longer_finite(self: _Descent) -> str:
+def _no_longer_finite(self: _Run) -> str:
     if self.best is None: raise ValueError("The loss is not finite at the start: the model gives NaN or infinity on this example.")
     return "non-finite loss"
 
+# %% ../nbs/03_optimize.ipynb #2ba05ddf
 @patch
-def fit(self: _Descent) -> Fit:
+def fit(self: _Run) -> Fit:
     "The result, with the vector's own record of where it comes from."
     _, row, steering = self.best
     losses = dict(zip(self.terms.labels, self.history[row].tolist(), strict=True))
@@ -520,26 +604,56 @@ def fit(self: _Descent) -> Fit:
     return Fit(steering.replace(about=about), torch.stack(self.history), self.terms.labels, self.terms.targets, self.norms,
                self.stopped, row, self.seconds, self.retained or None, self.refined)
 
+# %% ../nbs/03_optimize.ipynb #c233d8f4
+def _passes(waiting: dict[_Run, _Problems], tokens: int, by_layer: bool) -> Iterator[list[_Run]]:
+    "Runs whose rows go into one pass."
+    size = {run: sum(terms.layout(s).tokens for terms, s in problems) for run, problems in waiting.items()}
+    layer = lambda run: run.first if by_layer else 0
+    for first in sorted({layer(run) for run in waiting}):
+        together: list[_Run] = []
+        for run in sorted((run for run in waiting if layer(run) == first), key=size.get):
+            if together and sum(map(size.get, together)) + size[run] > tokens:
+                yield together
+                together = []
+            together.append(run)
+        yield together
+
+# %% ../nbs/03_optimize.ipynb #8196dba2
+def _drive(lm: LM, runs: Sequence[_Run], tokens: int, bar: Progress) -> None:
+    "Answer what the runs ask until all have ended."
+    waiting = {run: run.send() for run in runs}
+    while waiting:
+        for together in list(_passes(waiting, tokens, lm.can_resume)):
+            problems = [problem for run in together for problem in waiting[run]]
+            losses = iter(losses_together(lm, problems, together[0].first if lm.can_resume else 0))
+            wants = {run: run.send([next(losses) for _ in waiting[run]]) for run in together}
+            if aims := [w for w in wants.values() if isinstance(w, Tensor)]: torch.stack(aims).sum().backward()
+            for run, want in wants.items():
+                waiting[run] = run.send() if isinstance(want, Tensor) else want
+                if waiting[run] is None: del waiting[run]
+            bar.update(len(together), loss=f"{statistics.mean(run.history[-1].sum().item() for run in together):.3g}")
+
 # %% ../nbs/03_optimize.ipynb #bb97c95f
 def optimize_many(
     lm: LM, # the model
     jobs: Iterable[Job], # any mixture of examples, layers, norms, seeds
     *,
-    tokens_per_pass: int = 2048, # at most so many tokens in one pass, padding included (one job at least)
+    tokens_per_pass: int = 2048, # at most that many tokens in one pass, padding included (one job at least)
     progress: bool = True, # show a bar when it takes long
 ) -> list[Fit]: # in the order of the jobs
     "Run many optimisations at once. An interrupt ends them all, each with its best vector so far."
-    shop = _Workshop(lm)
-    descents = [_Descent(shop, job) for job in jobs]
-    if not descents: raise ValueError("There is no job to run.")
-    total = sum(d.job.steps + 1 + (d.job.refine.steps + 1 if d.job.refine else 0) for d in descents)
+    shared = _Shared(lm)
+    runs = [_Run(shared, job) for job in jobs]
+    if not runs: raise ValueError("There is no job to run.")
+    total = sum(run.job.steps + 1 + (run.job.refine.steps + 1 if run.job.refine else 0) for run in runs)
     with Progress(total, "optimize", "step", shown=progress) as bar:
-        try: _drive(lm, descents, tokens_per_pass, bar)
+        try: _drive(lm, runs, tokens_per_pass, bar)
         except KeyboardInterrupt:
-            if any(d.best is None for d in descents): raise
-            for d in descents: d.stopped = d.stopped or "interrupted"
-    return [d.fit() for d in descents]
+            if any(run.best is None for run in runs): raise
+            for run in runs: run.stopped = run.stopped or "interrupted"
+    return [run.fit() for run in runs]
 
+# %% ../nbs/03_optimize.ipynb #e130485a
 @delegates(Job)
 def optimize(
     lm: LM, # the model
@@ -551,29 +665,3 @@ def optimize(
 ) -> Fit:
     "Optimise a steering vector by gradient descent on the sum of the examples' terms (paper section 2)."
     return optimize_many(lm, [Job(examples, layer, **kwargs)], progress=progress)[0]
-
-def _drive(lm: LM, descents: Sequence[_Descent], tokens: int, bar: Progress) -> None:
-    "Answer what the processes ask until all have ended."
-    waiting = {d: d.send() for d in descents}
-    while waiting:
-        for together in list(_passes(waiting, tokens, lm.can_resume)):
-            losses = iter(losses_together(lm, [a for d in together for a in waiting[d]], together[0].first if lm.can_resume else 0))
-            answers = {d: d.send([next(losses) for _ in waiting[d]]) for d in together}
-            if aims := [a for a in answers.values() if isinstance(a, Tensor)]: torch.stack(aims).sum().backward()
-            for d, answer in answers.items():
-                waiting[d] = d.send() if isinstance(answer, Tensor) else answer
-                if waiting[d] is None: del waiting[d]
-            bar.update(len(together), loss=f"{statistics.mean(d.history[-1].sum().item() for d in together):.3g}")
-
-def _passes(waiting: dict[_Descent, Asked], tokens: int, by_layer: bool) -> Iterator[list[_Descent]]:
-    "Processes whose rows go into one pass."
-    size = {d: sum(terms.layout(s).tokens for terms, s in asked) for d, asked in waiting.items()}
-    layer = lambda d: d.first if by_layer else 0
-    for first in sorted({layer(d) for d in waiting}):
-        together: list[_Descent] = []
-        for d in sorted((d for d in waiting if layer(d) == first), key=size.get):
-            if together and sum(map(size.get, together)) + size[d] > tokens:
-                yield together
-                together = []
-            together.append(d)
-        yield together

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from oneshot_steering.lm import LM
 from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm
 from oneshot_steering.objective import Example, Objective, Shift, Terms, record
-from oneshot_steering.optimize import Affine, Constraints, Job, Noise, Refine, Retain, Stop, _Descent, _Workshop, optimize, optimize_many
+from oneshot_steering.optimize import Affine, Constraints, Job, Noise, Refine, Retain, Stop, _Run, _Shared, optimize, optimize_many
 from oneshot_steering.recipes import swapped_choice
 from oneshot_steering.steering import MODES, Steering
 
@@ -336,12 +336,12 @@ NOISES = [Noise(0.2), Noise(0.2, draws=3), Noise(0.2, tangent=True), Noise(0.2, 
 @pytest.mark.parametrize("noise", NOISES, ids=repr)
 def test_noise_is_drawn_as_asked(noise):
     lm = tiny_lm()
-    descent = _Descent(_Workshop(lm), Job(EXAMPLE, 1, noise=noise, lr=0.1, steps=3))
+    run = _Run(_Shared(lm), Job(EXAMPLE, 1, noise=noise, lr=0.1, steps=3))
     fit = optimize(lm, EXAMPLE, 1, noise=noise, lr=0.3, steps=40)
     assert fit.loss < fit.losses[0].sum() and torch.equal(fit.losses, optimize(lm, EXAMPLE, 1, noise=noise, lr=0.3, steps=40).losses)
-    vector = descent.moving.tensors["vector"]
+    vector = run.parameters.tensors["vector"]
     vector.grad = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    draws = [torch.stack(descent._noises()) for _ in range(200)]
+    draws = [torch.stack(run._noises()) for _ in range(200)]
     assert all(d.shape == (noise.draws, 32) for d in draws)
     drawn = torch.stack(draws).double()
     spread = 0.2 * math.sqrt(2 if noise.anti else 1)
