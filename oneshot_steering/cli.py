@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +15,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from . import __version__
+from .app import serve_page
 from oneshot_steering.demos import (
     FLIP_DEMO,
     READABLE_RATES,
@@ -32,17 +30,14 @@ from oneshot_steering.demos import (
 )
 from .evaluate import compare, flip_table, rates
 from .metrics import rounded
-from .lm import LM
-from .models import EMBEDDED, load_lm
+from .models import load_lm
 from .organisms import ORGANISMS, load_organism, organism, train_organism
 from .organisms.alignment_faker import prompts_by_kind
-from .panel import OptimizerPanel, optimizer_panel
 from .plot import plot_fit, plot_flips
-from .slider import SliderApp, steering_slider
-from .steering import Steering, load_steering
+from .steering import Steering
 
 # %% auto #0
-__all__ = ['flip_demo', 'text_demo', 'model_named', 'dashboard', 'page_notebook', 'parser', 'main']
+__all__ = ['flip_demo', 'text_demo', 'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #7d36216c
 def flip_demo(
@@ -111,61 +106,9 @@ def text_demo(
     print(f"\nSaved {fit.steering.save(out / 'language_switch.safetensors')} and {path}. {time.perf_counter() - began:.0f} s.")
     return table
 
-# %% ../nbs/17_cli.ipynb #b96e2e57
-def model_named(
-    name: str | None = None, # as vectors call it, or what `load_lm` takes; "MODEL+ORGANISM" or "ORGANISM" for an organism
-) -> LM:
-    "The model of that name."
-    behaviour = (name or "").rpartition("+")[2]
-    if behaviour in ORGANISMS: return load_organism(behaviour)
-    return load_lm(name.lower() if name and name.lower() in EMBEDDED else name)
-
-def dashboard(
-    vectors: Sequence[str | Path] = (), # files of vectors; with none, the panel that makes one
-    model: str | None = None, # see `model_named`; the one that the first vector was made for if None
-    prompts: Sequence[str] | None = None, # to choose from; those of the language demonstration if None
-    out: str | Path = "steering.safetensors", # where the panel saves
-) -> SliderApp | OptimizerPanel:
-    "What the page shows: a slider a vector, or the panel, filled in with the language demonstration if no model is named."
-    prompts = prompts or text_prompts()
-    found = {Path(file).stem: load_steering(file) for file in vectors}
-    if found:
-        first = next(iter(found.values()))
-        lm = model_named(model or (first if isinstance(first, Steering) else first[0]).about.get("model"))
-        return steering_slider(lm, found, prompts, chat=getattr(lm.tok, "chat_template", None) is not None)
-    if model: return optimizer_panel(model_named(model), try_on=prompts, path=out)
-    demo = TEXT_DEMO
-    return optimizer_panel(load_lm(demo.model), prompt=demo.prompt, promote=demo.promote, suppress=demo.suppress, layer=demo.layer,
-                           steps=demo.steps, try_on=prompts, path=out, lr=demo.lr)
-
 # %% ../nbs/17_cli.ipynb #33a1c5fe
-def page_notebook(
-    **arguments, # of `dashboard`, as JSON has them
-) -> dict: # in notebook format 4
-    "The notebook that Voila serves."
-    source = f"from oneshot_steering.cli import dashboard\n\napp = dashboard(**{arguments!r})\napp.wait()\napp"
-    title = dict(cell_type="markdown", id="title", metadata={}, source="# Drag a strength, watch the text")
-    cell = dict(cell_type="code", id="page", metadata={}, execution_count=None, outputs=[], source=source)
-    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
-    return dict(nbformat=4, nbformat_minor=5, metadata=kernel, cells=[title, cell])
-
-_OWN_HOST = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:"
-
 def _app(args: argparse.Namespace) -> None:
-    for file in args.vector: load_steering(file) # a wrong file is told here, not in the page
-    try: from voila.app import Voila
-    except ImportError as error: raise OSError("The page needs voila: pip install 'oneshot-steering[widgets]'.") from error
-    here = lambda name: str(Path(name).resolve()) if name and Path(name).exists() else name # the kernel runs in another folder
-    page = page_notebook(vectors=[*map(here, args.vector)], model=here(args.model), prompts=args.prompt or list(text_prompts()),
-                         out=str(Path.cwd() / "steering.safetensors"))
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1" # a bar of the loading model would stay on the page
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "steering.ipynb"
-        path.write_text(json.dumps(page), encoding="utf-8")
-        options = [f"--port={args.port}", "--Voila.ip=127.0.0.1", "--show_tracebacks=True"] + ["--no-browser"] * args.no_browser
-        headers = {"headers": {"Content-Security-Policy": _OWN_HOST}}
-        print(f"http://127.0.0.1:{args.port} shows the page; Ctrl-C ends it.", flush=True)
-        Voila.launch_instance([str(path), *options], tornado_settings=headers)
+    serve_page(args.vector, args.model, args.prompt, args.port, not args.no_browser)
 
 # %% ../nbs/17_cli.ipynb #26213c16
 def _organism_list(args: argparse.Namespace) -> None:
@@ -189,10 +132,10 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the vector and the picture (default: out)")
     demo.set_defaults(run=_demo)
     app = commands.add_parser("app", help="sliders as a page in the browser",
-                              description="With --vector: drag its strength and watch the text change. Without: make a vector first.")
+                              description="Opens on a vector that ships; with --vector on yours; with --model on a form that finds one.")
     app.add_argument("--vector", type=Path, action="append", default=[], metavar="FILE", help="a saved vector; may be given several times")
     app.add_argument("--model", metavar="NAME", help="an embedded model, a folder, a .gguf file, a hub name or an organism "
-                                                     "(default: the one that the vector was made for, else gemma-3-270m)")
+                                                     "(default: the one that the vector was made for)")
     app.add_argument("--prompt", action="append", metavar="TEXT", help="to choose from; may be given several times")
     app.add_argument("--port", type=int, default=8866, help="of the page (default: 8866)")
     app.add_argument("--no-browser", action="store_true", help="do not open a browser")

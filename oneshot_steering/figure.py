@@ -28,8 +28,8 @@ from .steering import Steering, Steerings, as_steerings
 
 # %% auto #0
 __all__ = ['DEFAULT_SAMPLING', 'TINT_STEPS', 'AnyVector', 'Piece', 'steered_pieces', 'tint', 'tinted', 'theme_colors',
-           'page_file', 'card_style', 'tint_legend', 'Dial', 'dials', 'SteeredText', 'slider_scale', 'text_card',
-           'StaticFigure', 'steering_figure', 'prompt_list', 'on_one_line']
+           'page_file', 'theme_style', 'card_style', 'tint_legend', 'Dial', 'dials', 'SteeredText', 'slider_scale',
+           'text_card', 'StaticFigure', 'steering_figure', 'prompt_list', 'on_one_line']
 
 # %% ../nbs/15_figure.ipynb #2dc146c5
 class _PairedSampler:
@@ -169,18 +169,23 @@ def page_file(
     "A style sheet or script that the package ships."
     return resources.files("oneshot_steering").joinpath("data", "page", name).read_text(encoding="utf-8")
 
-# %% ../nbs/15_figure.ipynb #d126ca60
+# %% ../nbs/15_figure.ipynb #6540e927
+def theme_style(
+    elements: str, # a CSS selector
+) -> str: # CSS
+    "The colours of the page's theme, as variables of some elements."
+    def rule(theme: str, within: str = "") -> str:
+        variables = ";".join(f"--{name}:{color}" for name, color in theme_colors(theme).items())
+        return f"{within}{elements}{{color-scheme:{theme};{variables}}}"
+    lab = [rule("light", "[data-jp-theme-light=true] "), rule("dark", "[data-jp-theme-light=false] ")]
+    return "\n".join([rule("light"), f"@media(prefers-color-scheme:dark){{{rule('dark')}}}", *lab])
+
 @cache
 def card_style(
     *files: str, # more style sheets, e.g. "figure.css"
 ) -> str: # CSS
-    "The style of cards of text, and of what else is asked for, in the colours of the page's theme."
-    def rule(theme: str, within: str = "") -> str:
-        variables = ";".join(f"--{name}:{color}" for name, color in theme_colors(theme).items())
-        return f"{within}:is(.oneshot-card,.oneshot-app){{color-scheme:{theme};{variables}}}"
-    themes = [rule("light"), f"@media(prefers-color-scheme:dark){{{rule('dark')}}}",
-              rule("light", "[data-jp-theme-light=true] "), rule("dark", "[data-jp-theme-light=false] ")]
-    return "\n".join([*themes, *map(page_file, ("card.css", *files))])
+    "The style of cards of text, and of what else is asked for."
+    return "\n".join([theme_style(":is(.oneshot-card,.oneshot-app)"), *map(page_file, ("card.css", *files))])
 
 # %% ../nbs/15_figure.ipynb #2aef72b8
 def tint_legend() -> str: # HTML

@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 import torch
 
+from oneshot_steering.app import demo_vector, page_notebook
 from oneshot_steering.calibrate import Calibration
+from oneshot_steering.demos import TEXT_DEMO
 from oneshot_steering.figure import Piece, _Spelling, dials, steered_pieces, steering_figure, tint, tinted
 from oneshot_steering.models import tiny_lm
 from oneshot_steering.objective import Example
@@ -473,6 +475,24 @@ def test_the_static_figure_shows_what_the_model_says():
         parser.close()
         assert "".join(heard) == said
         assert f"score {len(said)}, KL" in page
+
+
+# The page
+
+
+def test_the_vector_that_ships_is_the_one_of_the_language_demonstration():
+    vector = demo_vector()
+    (example,), settings = vector.about["examples"], vector.about["settings"]
+    assert (example["prompt"], example["promote"], example["suppress"]) == (TEXT_DEMO.prompt, [*TEXT_DEMO.promote], [*TEXT_DEMO.suppress])
+    assert vector.about["model"].lower() == TEXT_DEMO.model and vector.d_model == vector.about["d_model"]
+    assert vector.layers == (TEXT_DEMO.layer,) and vector.strength == TEXT_DEMO.strength
+    assert (settings["steps"], settings["lr"]) == (TEXT_DEMO.steps, TEXT_DEMO.lr)
+
+
+def test_the_page_says_what_it_shows():
+    introduction = lambda **arguments: page_notebook(**arguments)["cells"][0]["source"]
+    assert "Spanish" in introduction() and "Spanish" not in introduction(vectors=["a.safetensors"]) + introduction(model="b")
+    assert "//" not in introduction().replace("/*", "").replace("*/", "")
 
 
 # Without ipywidgets
