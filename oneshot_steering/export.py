@@ -27,35 +27,41 @@ __all__ = ['hookpoints', 'to_lm_eval', 'to_llama_cpp', 'bake']
 def _at_layers(
     lm: LM, # the model
     steering: Steering | Steerings, # one vector or several
-    program: str, # who is asked to hold it
+    program: str, # what is to hold it
     modes: Sequence[str], # what that program can do
 ) -> dict[int, list[Steering]]: # layer -> what acts there, in order
     several = (steering,) if isinstance(steering, Steering) else tuple(steering)
-    if not several: raise ValueError("There is no vector to export.")
+    if not several:
+        raise ValueError("There is no vector to export.")
     acting: dict[int, list[Steering]] = {}
     for one in several:
         lm.check_fits(one)
-        if one.mode not in modes: raise ValueError(f"{program} cannot hold mode={one.mode!r}, only {', '.join(modes)}.")
+        if one.mode not in modes:
+            raise ValueError(f"{program} cannot hold mode={one.mode!r}, only {', '.join(modes)}.")
         if one.positions not in ("all", ":", "0:"):
             raise ValueError(f"{program} steers every token; it cannot hold positions={one.positions!r}. "
                              "If that is what you want there, export .replace(positions='all').")
-        for layer in one.layers: acting.setdefault(lm.check_layer(layer), []).append(one)
+        for layer in one.layers:
+            acting.setdefault(lm.check_layer(layer), []).append(one)
     return acting
 
-def _sum(several: Sequence[Steering]) -> Tensor: # [d_model] what vectors in mode "add" add together
+# %% ../nbs/13_export.ipynb #83124b86
+def _sum(several: Sequence[Steering]) -> Tensor: # [d_model]
+    "What vectors in mode \"add\" add together."
     return torch.stack([s.strength * s.vector.detach().cpu().float() for s in several]).sum(0)
 
 # %% ../nbs/13_export.ipynb #eb9409d3
 @torch.no_grad()
 def hookpoints(
     lm: LM, # the model
-) -> list[str | None]: # one a layer; None where no module's output is what enters the block
+) -> list[str | None]: # one per layer; None where no module's output is what enters the block
     "Names, inside `base_model`, of the modules whose outputs are the streams that enter the blocks."
     outputs: list[tuple[str, object]] = []
     def left(name: str):
         return lambda module, args, output: outputs.append((name, output[0] if isinstance(output, tuple) else output))
     def source(args, kwargs) -> str | None:
-        name = next((name for name, output in reversed(outputs) if output is block_input(args, kwargs)), None)
+        entering = block_input(args, kwargs)
+        name = next((name for name, output in reversed(outputs) if output is entering), None)
         outputs.clear()
         return name
     handles = [module.register_forward_hook(left(name)) for name, module in lm.model.base_model.named_modules()]
@@ -63,8 +69,27 @@ def hookpoints(
         with lm.watching(*range(lm.n_layers), keep=source) as sources:
             lm.model(input_ids=torch.tensor([lm.encode("a")], device=lm.device), use_cache=False)
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
     return [sources.get(layer) for layer in range(lm.n_layers)]
+
+# %% ../nbs/13_export.ipynb #39cd7b2c
+def _lm_eval_entry(layer: int, several: Sequence[Steering]) -> dict:
+    "What the harness does at one layer."
+    def entry(action: str, vector: Tensor, k: float) -> dict:
+        return dict(steering_vector=vector, steering_coefficient=k, action=action, bias=None, head_index=None)
+    if all(s.mode == "add" for s in several):
+        return entry("add", _sum(several), 1.0)
+    if len(several) > 1:
+        raise ValueError(f"lm-evaluation-harness does one thing at a layer, but {len(several)} vectors act at layer {layer}, "
+                         "not all in mode 'add'.")
+    one, vector = several[0], several[0].vector.detach().cpu().float()
+    if one.mode == "clamp":
+        return entry("clamp", vector, one.strength * vector.norm().item())
+    if one.strength == 1:
+        return entry("clamp", vector, 0.0)
+    raise ValueError("lm-evaluation-harness ablates fully or not at all; "
+                     f"it cannot hold mode='ablate' with strength={one.strength:g}.")
 
 # %% ../nbs/13_export.ipynb #cf078366
 def to_lm_eval(
@@ -74,27 +99,19 @@ def to_lm_eval(
 ) -> Path: # where it was written
     "Write the file that lm-evaluation-harness's model type `steered` reads. Raises `ValueError` for what it cannot hold."
     path, names = Path(path), hookpoints(lm)
-    if path.suffix not in (".pt", ".pth"): raise ValueError(f"The harness reads .pt files; {path.name!r} does not end so.")
+    if path.suffix not in (".pt", ".pth"):
+        raise ValueError(f"The harness reads .pt files; {path.name!r} does not end so.")
     entries = {}
-    for layer, several in sorted(_at_layers(lm, steering, "lm-evaluation-harness", ("add", "clamp", "ablate")).items()):
-        if names[layer] is None: raise ValueError(f"No module of {lm.name} has the stream of layer {layer} as its output.")
+    acting = _at_layers(lm, steering, "lm-evaluation-harness", ("add", "clamp", "ablate"))
+    for layer, several in sorted(acting.items()):
+        if names[layer] is None:
+            raise ValueError(f"No module of {lm.name} has the stream of layer {layer} as its output.")
         entries[names[layer]] = _lm_eval_entry(layer, several)
     written = io.BytesIO()
     torch.save(entries, written)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, written.getvalue())
     return path
-
-def _lm_eval_entry(layer: int, several: Sequence[Steering]) -> dict:
-    entry = lambda action, vector, k: dict(steering_vector=vector, steering_coefficient=k, action=action, bias=None, head_index=None)
-    if all(s.mode == "add" for s in several): return entry("add", _sum(several), 1.0)
-    if len(several) > 1:
-        raise ValueError(f"lm-evaluation-harness does one thing at a layer, but {len(several)} vectors act at layer {layer}, "
-                         "not all in mode 'add'.")
-    one, vector = several[0], several[0].vector.detach().cpu().float()
-    if one.mode == "clamp": return entry("clamp", vector, one.strength * vector.norm().item())
-    if one.strength == 1: return entry("clamp", vector, 0.0)
-    raise ValueError(f"lm-evaluation-harness ablates fully or not at all; it cannot hold mode='ablate' with strength={one.strength:g}.")
 
 # %% ../nbs/13_export.ipynb #79edab71
 _LLAMA_CPP = dict(mistral="llama", gemma3_text="gemma3", gpt_neox="gptneox", phi="phi2") # where llama.cpp's name is another one
@@ -106,15 +123,21 @@ def to_llama_cpp(
 ) -> Path: # where it was written
     "Write a control vector for llama.cpp. Raises `ValueError` for what it cannot hold."
     path, acting = Path(path), _at_layers(lm, steering, "llama.cpp", ("add",))
-    if path.suffix != ".gguf": raise ValueError(f"llama.cpp reads .gguf files; {path.name!r} does not end so.")
-    if min(acting) < 2: raise ValueError(f"llama.cpp steers from layer 2 on (behind its second block), not at layer {min(acting)}.")
+    if path.suffix != ".gguf":
+        raise ValueError(f"llama.cpp reads .gguf files; {path.name!r} does not end so.")
+    if min(acting) < 2:
+        raise ValueError(f"llama.cpp steers from layer 2 on (behind its second block), not at layer {min(acting)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         writer = gguf.GGUFWriter(Path(folder) / "vector.gguf", "controlvector")
         writer.add_string("controlvector.model_hint", _LLAMA_CPP.get(lm.config.model_type, lm.config.model_type))
         writer.add_int32("controlvector.layer_count", max(acting) - 1)
-        for layer, several in sorted(acting.items()): writer.add_tensor(f"direction.{layer - 1}", _sum(several).numpy())
-        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close): step()
+        for layer, several in sorted(acting.items()):
+            writer.add_tensor(f"direction.{layer - 1}", _sum(several).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
         atomic_write(path, (Path(folder) / "vector.gguf").read_bytes())
     return path
 
@@ -127,26 +150,44 @@ def _last_module(
     ran: list[str] = []
     handles = [m.register_forward_hook(lambda module, args, output, name=name: ran.append(name))
                for name, m in lm.layers[layer - 1].named_modules() if list(m.parameters(recurse=False))]
-    try: lm.states_at(layer, *_probe(lm))
+    try:
+        lm.states_at(layer, *_probe(lm))
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
     return ran[-1]
 
 def _probe(lm: LM) -> tuple[Tensor, Tensor, Tensor]: # a few tokens, as `lm.run` wants them
     ids, mask = lm.pad([lm.encode("a b c d e f")])
     return ids, mask, mask.sum(-1)
 
-def _with_biases(lm: LM) -> nn.Module: # a copy of the model, with biases in its MLPs if its family knows them
-    if getattr(lm.config, "mlp_bias", None) is not False: return copy.deepcopy(lm.model)
+# %% ../nbs/13_export.ipynb #98f014de
+def _with_biases(lm: LM) -> nn.Module:
+    "A copy of the model, with biases in its MLPs if its family knows them."
+    if getattr(lm.config, "mlp_bias", None) is not False:
+        return copy.deepcopy(lm.model)
     config = copy.deepcopy(lm.model.config)
     config.get_text_config(decoder=True).mlp_bias = True
     made = AutoModelForCausalLM.from_config(config, dtype=lm.dtype).to(lm.device)
     made.generation_config = copy.deepcopy(lm.model.generation_config)
     missing, unexpected = made.load_state_dict(lm.model.state_dict(), strict=False)
     if unexpected or not all(name.endswith(".bias") for name in missing):
-        raise ValueError(f"{lm.name} is not a plain {type(made).__name__} (adapters or quantised weights?); merge or dequantise it first.")
-    for name in missing: made.get_parameter(name).data.zero_()
+        raise ValueError(f"{lm.name} is not a plain {type(made).__name__} (adapters or quantised weights?); "
+                         "merge or dequantise it first.")
+    for name in missing:
+        made.get_parameter(name).data.zero_()
     return made
+
+# %% ../nbs/13_export.ipynb #f47bb7e0
+def _prove(lm: LM, baked: LM, steering: Steering | Steerings) -> None:
+    "Raise `ValueError` if the baked model's logits are not the steered model's."
+    inputs, allowed = _probe(lm), 1e-3 if lm.dtype == torch.float32 else 5e-2
+    with lm.steer(steering, force=True):
+        steered = lm.run(*inputs).logits.float()
+    off = ((baked.run(*inputs).logits.float() - steered).abs().max() / steered.abs().max()).item()
+    if off > allowed:
+        raise ValueError(f"The biases of {type(lm.model).__name__} do not act like the vector: logits are off by {off:.1%}. "
+                         "It may scale what its blocks add to the stream.")
 
 # %% ../nbs/13_export.ipynb #5fb5e547
 @torch.no_grad()
@@ -156,7 +197,8 @@ def bake(
 ) -> LM: # a copy that is steered for good; `.model.save_pretrained(folder)` and `.tok.save_pretrained(folder)` write it
     "The model with the vector in its biases. Raises `ValueError` where the architecture has no place for it."
     acting = _at_layers(lm, steering, "A checkpoint", ("add",))
-    if 0 in acting: raise ValueError("Layer 0 has no block below it whose bias could hold the vector.")
+    if 0 in acting:
+        raise ValueError("Layer 0 has no block below it whose bias could hold the vector.")
     blocks = next(name for name, module in lm.model.named_modules() if module is lm.layers)
     baked = LM(_with_biases(lm), lm.tok, name=f"{lm.name}, steered", layers=blocks)
     for layer, several in acting.items():
@@ -168,11 +210,3 @@ def bake(
         place.bias += _sum(several).to(place.bias)
     _prove(lm, baked, steering)
     return baked
-
-def _prove(lm: LM, baked: LM, steering: Steering | Steerings) -> None:
-    inputs, allowed = _probe(lm), 1e-3 if lm.dtype == torch.float32 else 5e-2
-    with lm.steer(steering, force=True): wanted = lm.run(*inputs).logits.float()
-    off = ((baked.run(*inputs).logits.float() - wanted).abs().max() / wanted.abs().max()).item()
-    if off > allowed:
-        raise ValueError(f"The biases of {type(lm.model).__name__} do not act like the vector: logits are off by {off:.1%}. "
-                         "It may scale what its blocks add to the stream.")

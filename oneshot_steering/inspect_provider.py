@@ -54,11 +54,15 @@ def model_of(
     "The model that a vector was made for. Raises `ValueError` if the file does not say one."
     from oneshot_steering.models import DEFAULT_MODEL
     from oneshot_steering.steering import as_steerings
-    if given or vector is None: return given or DEFAULT_MODEL
+    if given or vector is None:
+        return given or DEFAULT_MODEL
     names = {s.about.get("model") for s in as_steerings(vector)}
-    if len(names) == 1 and (name := names.pop()): return name
-    raise ValueError("The vector's file does not name one model that it was made for; say which with lm='...' (-M lm=... in a terminal).")
+    if len(names) == 1 and (name := names.pop()):
+        return name
+    raise ValueError("The vector's file does not name one model that it was made for; "
+                     "say which with lm='...' (-M lm=... in a terminal).")
 
+# %% ../nbs/13a_inspect.ipynb #345036d6
 def open_model(
     name: str, # an embedded model, a hub name, a folder, a `.gguf` file; "model+organism" is a model organism
     **options, # for `load_lm`: dtype, device, revision, ...
@@ -66,24 +70,26 @@ def open_model(
     "Load the model that a vector names."
     from oneshot_steering.models import load_lm
     from oneshot_steering.organisms import ORGANISMS, load_organism
-    if (organism := name.rpartition("+")[2]) in ORGANISMS: return load_organism(organism, **options)
+    if (organism := name.rpartition("+")[2]) in ORGANISMS:
+        return load_organism(organism, **options)
     return load_lm(_loadable(name), **options)
 
-def _loadable(name: str) -> str: # what `load_lm` calls it; vectors and people write an embedded model differently
+def _loadable(name: str) -> str:
+    "What `load_lm` calls it: vectors and people write an embedded model differently."
     from oneshot_steering.models import EMBEDDED
     return next((key for key, model in EMBEDDED.items() if model.name == name), name)
 
 # %% ../nbs/13a_inspect.ipynb #f2dee008
 @dataclass(frozen=True)
 class Answer:
-    "What was said."
+    "A generated text."
     text: str # without the stop sequence
-    tokens: int # said, without the one that ends the answer
-    finished: bool # it ended by itself or at a stop sequence, not for want of room
+    tokens: int # generated, without the one that ends the answer
+    finished: bool # it ended by itself or at a stop sequence, not for lack of room
 
 @dataclass(eq=False)
 class Request:
-    "An answer that is wanted."
+    "A request for an answer."
     ids: list[int] # the prompt
     steering: Steering | Steerings | None # what acts on it
     room: int # new tokens, at most
@@ -94,16 +100,19 @@ class Request:
     answer: Answer | None = field(default=None, init=False)
 
     @property
-    def kind(self) -> tuple: return self.room, self.temperature, self.top_p # what a batch has in common
+    def kind(self) -> tuple: # what a batch has in common
+        return self.room, self.temperature, self.top_p
+
     @property
     def stream(self) -> int: # what its random numbers start from
-        if self.seed is None: return secrets.randbits(56)
+        if self.seed is None:
+            return secrets.randbits(56)
         return int.from_bytes(hashlib.blake2b(repr((self.seed, self.ids)).encode(), digest_size=7).digest(), "big")
 
     def cut(self, text: str) -> str | None:
         "The text before the first stop sequence, None if there is none."
-        found = [at for stop in self.stops if stop and (at := text.find(stop)) >= 0]
-        return text[:min(found)] if found else None
+        starts = [at for stop in self.stops if stop and (at := text.find(stop)) >= 0]
+        return text[:min(starts)] if starts else None
 
 # %% ../nbs/13a_inspect.ipynb #04b1a8a5
 def answer_together(
@@ -112,26 +121,32 @@ def answer_together(
 ) -> list[Answer]: # in their order
     "Answer requests as one batch, each under its own vector."
     from oneshot_steering.lm import Sampler, Sampling
-    first, said = requests[0], [[] for _ in requests]
-    text = lambda row: lm.text_of(said[row])
+    first, tokens = requests[0], [[] for _ in requests]
+    text = lambda row: lm.text_of(tokens[row])
     sampler = Sampler(Sampling(temperature=first.temperature, top_p=first.top_p), [r.stream for r in requests])
     ended: dict[int, str] = {} # row -> its text
     with lm.steer(rows=[r.steering for r in requests], force=True):
         for step in lm.decode_steps([r.ids for r in requests], first.room, sampler=sampler):
             for row, token in enumerate(step):
-                if row in ended: continue
-                if token is None: ended[row] = text(row)
-                else: said[row].append(token)
-                if requests[row].stops and (before := requests[row].cut(text(row))) is not None: ended[row] = before
-            if len(ended) == len(requests): break
-    return [Answer(ended.get(row, text(row)), len(ids), row in ended) for row, ids in enumerate(said)]
+                if row in ended:
+                    continue
+                if token is None:
+                    ended[row] = text(row)
+                else:
+                    tokens[row].append(token)
+                if requests[row].stops and (before := requests[row].cut(text(row))) is not None:
+                    ended[row] = before
+            if len(ended) == len(requests):
+                break
+    return [Answer(ended.get(row, text(row)), len(ids), row in ended) for row, ids in enumerate(tokens)]
 
 # %% ../nbs/13a_inspect.ipynb #c066e3ac
 class SharedModel:
     "A loaded model and the requests that wait for it."
-    moment = 0.1 # seconds that a request waits for company
+    moment = 0.1 # seconds that a request waits for others
 
-    def __init__(self, lm: LM): self.lm, self.waiting, self.turn = lm, [], anyio.Lock()
+    def __init__(self, lm: LM):
+        self.lm, self.waiting, self.turn = lm, [], anyio.Lock()
 
     async def answer(self, request: Request, batch_size: int) -> Answer:
         "The answer to a request, in a batch of at most `batch_size`."
@@ -139,29 +154,46 @@ class SharedModel:
         try:
             await anyio.sleep(self.moment)
             async with self.turn:
-                if request.answer is None: await anyio.to_thread.run_sync(self._run, self._batch(request)[:batch_size])
+                if request.answer is None:
+                    await anyio.to_thread.run_sync(self._run, self._batch(request)[:batch_size])
             return request.answer
-        finally: self.waiting.remove(request)
+        finally:
+            self.waiting.remove(request)
 
     def _batch(self, first: Request) -> list[Request]:
-        return [first, *(r for r in self.waiting if r is not first and r.answer is None and r.kind == first.kind)]
+        others = [r for r in self.waiting if r is not first and r.answer is None and r.kind == first.kind]
+        return [first, *others]
 
     def _run(self, batch: list[Request]) -> None:
-        for request, answer in zip(batch, answer_together(self.lm, batch), strict=True): request.answer = answer
+        for request, answer in zip(batch, answer_together(self.lm, batch), strict=True):
+            request.answer = answer
 
+# %% ../nbs/13a_inspect.ipynb #2ca931e5
 _opened: WeakValueDictionary[tuple, SharedModel] = WeakValueDictionary()
 
 def shared_model(
     name: str, # for `open_model`
     **options, # likewise
-) -> SharedModel: # the same for the same arguments, while anybody uses it
-    "Load a model, or find it loaded."
+) -> SharedModel: # the same one for the same arguments, while it is in use
+    "Load a model, or take the one that is loaded."
     key = (_loadable(name), *sorted((k, str(v)) for k, v in options.items()))
-    found = _opened.get(key) or SharedModel(open_model(name, **options))
-    _opened[key] = found
-    return found
+    shared = _opened.get(key) or SharedModel(open_model(name, **options))
+    _opened[key] = shared
+    return shared
 
 # %% ../nbs/13a_inspect.ipynb #b9c8f722
+def _text_of(message: ChatMessage) -> str:
+    content = () if isinstance(message.content, str) else message.content
+    if others := [c.type for c in content if c.type not in ("text", "reasoning")]:
+        raise ValueError(f"A message holds {', '.join(others)}; this model reads text only.")
+    if message.role == "tool":
+        result = f"Error: {message.error.message}" if message.error else message.text
+        return f"Result of {message.function or 'the tool'}: {result}"
+    calls = (message.tool_calls or ()) if message.role == "assistant" else ()
+    calls_text = [f"<tool_call>{json.dumps(dict(name=c.function, arguments=c.arguments))}</tool_call>" for c in calls]
+    return "\n\n".join(filter(None, [message.text, *calls_text]))
+
+# %% ../nbs/13a_inspect.ipynb #d3c26302
 def as_conversation(
     messages: Sequence[ChatMessage], # Inspect's
 ) -> list[dict]: # for `lm.chat`
@@ -169,28 +201,21 @@ def as_conversation(
     turns: list[dict] = []
     for message in messages:
         role, text = ("user" if message.role == "tool" else message.role), _text_of(message)
-        if turns and turns[-1]["role"] == role: turns[-1]["content"] += "\n\n" + text
-        else: turns.append(dict(role=role, content=text))
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n\n" + text
+        else:
+            turns.append(dict(role=role, content=text))
     return turns
-
-def _text_of(message: ChatMessage) -> str:
-    content = () if isinstance(message.content, str) else message.content
-    if others := [c.type for c in content if c.type not in ("text", "reasoning")]:
-        raise ValueError(f"A message holds {', '.join(others)}; this model reads text only.")
-    if message.role == "tool":
-        said = f"Error: {message.error.message}" if message.error else message.text
-        return f"Result of {message.function or 'the tool'}: {said}"
-    calls = (message.tool_calls or ()) if message.role == "assistant" else ()
-    asked = [f"<tool_call>{json.dumps(dict(name=c.function, arguments=c.arguments))}</tool_call>" for c in calls]
-    return "\n\n".join(filter(None, [message.text, *asked]))
 
 # %% ../nbs/13a_inspect.ipynb #3108f923
 _logger = getLogger(__name__)
-_UNKNOWN = ("top_k", "num_choices", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "prompt_logprobs", "best_of",
-            "response_schema")
+_UNKNOWN = ("top_k", "num_choices", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs",
+            "prompt_logprobs", "best_of", "response_schema")
 
-def _tool_handler(model: str, tools: list[ToolInfo]): # describes tools and reads calls; None where a task has none
-    if not tools: return None
+def _tool_handler(model: str, tools: list[ToolInfo]): # None where a task has no tools
+    "What describes tools to the model, and reads its calls."
+    if not tools:
+        return None
     from inspect_ai.model._providers.util import Llama31Handler
     return Llama31Handler(model)
 
@@ -213,26 +238,30 @@ class SteeredAPI(ModelAPI):
         from oneshot_steering.steering import as_steerings
         super().__init__(model_name, base_url, api_key, [], config)
         vector = read_vector(model_name)
-        self.shared, self.batch_size, self.ignored = shared_model(model_of(vector, lm), **options), batch_size, set()
-        for one in as_steerings(vector): self.shared.lm.check_fits(one, force)
+        self.shared = shared_model(model_of(vector, lm), **options)
+        self.batch_size, self.ignored = batch_size, set()
+        for one in as_steerings(vector):
+            self.shared.lm.check_fits(one, force)
         self.steering = None if vector is None else vector * strength
 
-    async def generate(self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
-                       ) -> ModelOutput:
+    async def generate(self,
+        input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig,
+    ) -> ModelOutput:
         "One answer to a conversation."
         self._tell_ignored(config)
         lm, handler = self.shared.lm, _tool_handler(self.model_name, tools)
         ids = lm.encode(lm.chat(as_conversation(handler.input_with_tools(input, tools) if handler else input)))
-        wanted, left = config.max_tokens or self.max_tokens(), (lm.context or len(ids) + 2**31) - len(ids)
+        limit, left = config.max_tokens or self.max_tokens(), (lm.context or len(ids) + 2**31) - len(ids)
         if left < 1:
             text = f"The conversation has {len(ids)} tokens, which fills the context of {lm.context}."
             return ModelOutput.from_content(self.model_name, text, stop_reason="model_length")
-        request = Request(ids, self.steering, min(wanted, left), config.temperature or 0.0, 1.0 if config.top_p is None else config.top_p,
-                          config.seed, config.stop_seqs or ())
+        top_p = 1.0 if config.top_p is None else config.top_p
+        request = Request(ids, self.steering, min(limit, left), config.temperature or 0.0, top_p, config.seed,
+                          config.stop_seqs or ())
         answer = await self.shared.answer(request, self.batch_size)
         message = (handler.parse_assistant_response(answer.text, tools) if handler
                    else ChatMessageAssistant(content=answer.text, model=self.model_name, source="generate"))
-        ended = "stop" if answer.finished else "max_tokens" if wanted <= left else "model_length"
+        ended = "stop" if answer.finished else "max_tokens" if limit <= left else "model_length"
         choice = ChatCompletionChoice(message=message, stop_reason="tool_calls" if message.tool_calls else ended)
         usage = ModelUsage(input_tokens=len(ids), output_tokens=answer.tokens, total_tokens=len(ids) + answer.tokens)
         return ModelOutput(model=self.model_name, choices=[choice], usage=usage)
@@ -242,7 +271,8 @@ class SteeredAPI(ModelAPI):
             self.ignored.add(name)
             _logger.warning(f"The provider oneshot does not know {name}; it is ignored.")
 
-    async def count_text_tokens(self, text: str) -> int: return len(self.shared.lm.tok(text, add_special_tokens=False).input_ids)
+    async def count_text_tokens(self, text: str) -> int:
+        return len(self.shared.lm.tok(text, add_special_tokens=False).input_ids)
     async def tokenize(self, text: str) -> list[int]: return self.shared.lm.encode(text)
     def max_tokens(self) -> int: return 2048 # of an answer, where nobody says; as Inspect's own provider of local models
     def max_connections(self) -> int: return self.batch_size
