@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .judges import LMJudge, OpenAIJudge
-from .metrics import bootstrap, wilson
+from .metrics import bootstrap, rounded, wilson
 from .geometry import Classifier
 from .files import atomic_write
 from .lm import LM
@@ -116,7 +116,7 @@ class Estimate:
 
     def __str__(self) -> str:
         over = f" over {self.n} {self.unit}" if self.unit else ""
-        return f"{self.value:.2f} ({self.low:.2f}-{self.high:.2f}{over})"
+        return f"{rounded(self.value)} ({rounded(self.low)}-{rounded(self.high)}{over})"
 
     @property
     def row(self) -> dict[str, float]: # as `rates` names them
