@@ -50,6 +50,7 @@ def find_blocks(
                          f"{depth} layers). Pass layers='path.to.the.blocks'; its ModuleLists are: {_list_names(names)}")
     return fits[0]
 
+# %% ../nbs/00_lm.ipynb #lm1000a0
 def _depth(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     return None if config is None else getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
@@ -71,6 +72,7 @@ class TokenPositions:
     prompt_lengths: Tensor # [B] tokens of each row's prompt; everything later is completion
     rows: Tensor # [B] which of the caller's prompts each row is
 
+# %% ../nbs/00_lm.ipynb #lm1000a3
 class LM:
     "A causal language model with its tokenizer: exact tokens, decoder blocks, generation, log-probabilities."
     around_pass: ClassVar[dict[str, Callable]] = {} # what shortcuts put around every pass, see `run`
@@ -134,6 +136,7 @@ def prefix_ids(self: LM) -> list[int]: # what the tokenizer puts in front of eve
     start = next((i for i in range(extra + 1) if with_special[i:i + len(plain)] == plain), 0)
     return with_special[:start]
 
+# %% ../nbs/00_lm.ipynb #lm1000a8
 @patch
 def decode(self: LM, ids: Sequence[int] | Tensor) -> str:
     "The text of token ids, special tokens included, nothing tidied."
@@ -171,6 +174,7 @@ class Pair:
     def columns(self) -> range: # the columns whose logits predict the completion's tokens
         return range(self.boundary - 1, len(self.ids) - 1)
 
+# %% ../nbs/00_lm.ipynb #lm1000b1
 @patch
 def encode_pair(self: LM,
     prompt: str, # what the model reads
@@ -219,6 +223,7 @@ def chat(self: LM,
     if messages[-1]["role"] == "assistant": prefill = messages.pop()["content"] + prefill
     return self._render(messages) + prefill
 
+# %% ../nbs/00_lm.ipynb #lm1000b2
 @patch
 def _render(self: LM, messages: list[dict]) -> str:
     if not getattr(self.tok, "chat_template", None): return _plain_chat(messages)
@@ -234,14 +239,6 @@ def _plain_chat(messages: list[dict]) -> str:
     return "".join(says[m["role"]].format(m["content"]) for m in messages) + "Assistant:"
 
 # %% ../nbs/00_lm.ipynb #5260d0d0
-@patch
-@contextmanager
-def at(self: LM, where: TokenPositions) -> Iterator[None]:
-    "Announce what the columns of the passes inside are; steering reads it."
-    before, self.where = self.where, where
-    try: yield
-    finally: self.where = before
-
 @patch
 def pad(self: LM,
     sequences: Sequence[Sequence[int]], # token ids, any lengths
@@ -278,6 +275,16 @@ class Pass:
     def places(self) -> tuple[Tensor, Tensor]: # the distinct (row, column) among `keep` [2, distinct], and which of them each is
         return torch.unique(torch.stack(self.keep), dim=1, return_inverse=True)
 
+# %% ../nbs/00_lm.ipynb #lm1000b8
+@patch
+@contextmanager
+def at(self: LM, where: TokenPositions) -> Iterator[None]:
+    "Announce what the columns of the passes inside are; steering reads it."
+    before, self.where = self.where, where
+    try: yield
+    finally: self.where = before
+
+# %% ../nbs/00_lm.ipynb #lm1000b9
 @patch
 def run(self: LM,
     ids: Tensor, # [B, Q] tokens of this pass
@@ -294,8 +301,10 @@ def run(self: LM,
     for around in self.around_pass.values() if self.use_shortcuts else (): forward = partial(around, self, forward)
     return forward(Pass(ids, mask, prompt_lengths, rows, keep, attention, options))
 
+# %% ../nbs/00_lm.ipynb #lm1000c0
 @patch
-def forward(self: LM, this: Pass):
+def forward(self: LM, this: Pass): # the model's output
+    "The plain way to run a pass."
     options, attention = {"use_cache": False, **this.options}, this.mask.long()
     if this.attention is not None: attention = _additive(this.attention, self.dtype)
     if "position_ids" in self._accepts: options["position_ids"] = this.positions
@@ -346,12 +355,14 @@ def verified(self: LM,
             except _UNSUPPORTED: self.shortcuts[name] = False
     return self.shortcuts[name]
 
+# %% ../nbs/00_lm.ipynb #lm1000c4
 @patch
 def agree(self: LM, one: Tensor, other: Tensor) -> bool:
     "Whether two ways to compute the same give the same, up to rounding in this model's precision."
     tolerance = 1e-3 if self.dtype in (torch.float32, torch.float64) else 4e-2
     return one.shape == other.shape and bool((one.float() - other.float()).abs().max() <= tolerance * other.float().abs().max())
 
+# %% ../nbs/00_lm.ipynb #lm1000c6
 @patch
 @contextmanager
 def plain(self: LM) -> Iterator[None]:
@@ -369,9 +380,7 @@ def unsteered(self: LM) -> Iterator[None]:
     try: yield
     finally: self.ignore_steering, self.rows_differ_from = before
 
-# %% ../nbs/00_lm.ipynb #lm000010
-class _Reached(Exception): "Raised inside a forward pass once the wanted layer has been seen; never leaves this module."
-
+# %% ../nbs/00_lm.ipynb #lm1000d0
 @patch
 def check_layer(self: LM,
     layer: int, # a block's number; negative counts from the last
@@ -384,6 +393,9 @@ def check_layer(self: LM,
 def block_input(args: tuple, kwargs: dict) -> Tensor:
     "The residual stream among the arguments a decoder block was called with, [B, Q, d_model]."
     return args[0] if args else kwargs["hidden_states"]
+
+# %% ../nbs/00_lm.ipynb #lm000010
+class _Reached(Exception): "Raised inside a forward pass once the wanted layer has been seen; never leaves this module."
 
 @patch
 @contextmanager
@@ -423,6 +435,7 @@ def states_at(self: LM,
     with self.watching(layer, stop=may_stop) as streams: self.run(ids, mask, prompt_lengths, rows, keep=1, attention=attention)
     return streams[layer]
 
+# %% ../nbs/00_lm.ipynb #lm1000d4
 @patch
 def hidden_states(self: LM,
     prompts: str | Sequence[str], # texts
@@ -460,6 +473,7 @@ def log_probs(self: LM,
         results += self._pair_log_probs(pairs[start:start + batch_size], start)
     return results[0] if isinstance(prompt, str) else results
 
+# %% ../nbs/00_lm.ipynb #lm1000d5
 @patch
 def _pair_log_probs(self: LM, pairs: list[Pair], first_row: int) -> list[Tensor]:
     ids, mask = self.pad([p.ids for p in pairs])
@@ -483,6 +497,7 @@ class Sampling:
         if self.max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.temperature < 0 or not 0 < self.top_p <= 1: raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
 
+# %% ../nbs/00_lm.ipynb #lm1000e1
 class Sampler:
     "Picks next tokens for the rows of a batch: greedy, or exact samples with a random stream of its own for each row."
     def __init__(self,
@@ -506,6 +521,7 @@ class Sampler:
         uniform = torch.stack([torch.rand(logits.shape[-1], generator=g) for g in self.generators]).clamp(1e-20, 1 - 1e-7)
         return (scaled - (-uniform.log()).log().to(scaled.device)).argmax(-1)
 
+# %% ../nbs/00_lm.ipynb #lm1000e2
 def _nucleus(logits: Tensor, top_p: float) -> Tensor: # minus infinity outside the smallest set of tokens with this much probability
     if top_p >= 1: return logits
     total, size = logits.logsumexp(-1, keepdim=True), min(1024, logits.shape[-1])
@@ -523,6 +539,7 @@ def stop_ids(self: LM) -> set[int]:
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
     return {i for i in (*listed, self.tok.eos_token_id) if i is not None}
 
+# %% ../nbs/00_lm.ipynb #lm1000e8
 def can_select_rows(
     past: object, # what a pass gave as `past_key_values`
 ) -> bool:
@@ -530,6 +547,7 @@ def can_select_rows(
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return past is None or (isinstance(past, DynamicCache) and all(type(layer) in kinds for layer in past.layers))
 
+# %% ../nbs/00_lm.ipynb #lm1000f0
 @patch
 def decode_steps(self: LM,
     prompts: Sequence[Sequence[int]], # token ids

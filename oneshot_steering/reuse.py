@@ -71,18 +71,8 @@ class TokenTree:
         self.parents: list[int] = [] # the column that each column follows, -1 for a beginning
         self._after: dict[tuple[int, int], int] = {} # (column, token) -> the column where that token follows
 
-    def add(self,
-        sequence: Sequence[int], # token ids
-    ) -> list[int]: # the columns that hold it
-        "Add a sequence."
-        columns = self._known(sequence)
-        for token in sequence[len(columns):]:
-            parent = columns[-1] if columns else -1
-            columns.append(len(self.ids))
-            self._after[parent, token] = columns[-1]
-            self.ids.append(token)
-            self.parents.append(parent)
-        return columns
+    @property
+    def is_tree(self) -> bool: return any(parent != column - 1 for column, parent in enumerate(self.parents)) # not just one sequence
 
     def shared(self, sequence: Sequence[int]) -> int: # how many of its first tokens the row has already
         return len(self._known(sequence))
@@ -95,9 +85,22 @@ class TokenTree:
             columns.append(column)
         return columns
 
-    @property
-    def is_tree(self) -> bool: return any(parent != column - 1 for column, parent in enumerate(self.parents)) # not just one sequence
+# %% ../nbs/00b_reuse.ipynb #re1000a0
+@patch
+def add(self: TokenTree,
+    sequence: Sequence[int], # token ids
+) -> list[int]: # the columns that hold it
+    "Add a sequence."
+    columns = self._known(sequence)
+    for token in sequence[len(columns):]:
+        parent = columns[-1] if columns else -1
+        columns.append(len(self.ids))
+        self._after[parent, token] = columns[-1]
+        self.ids.append(token)
+        self.parents.append(parent)
+    return columns
 
+# %% ../nbs/00b_reuse.ipynb #re1000a3
 def tree_attention(
     rows: Sequence[TokenTree], # one or several
     width: int, # columns of the batch
@@ -135,6 +138,9 @@ def _share_prompts(lm: LM, forward: Callable, this: Pass):
     if len(prompts) == len(this.ids) or not lm.can_share_prompts: return forward(this)
     return _prefill(lm, forward, this, each)
 
+LM.around_pass["shared prompts"] = _share_prompts
+
+# %% ../nbs/00b_reuse.ipynb #re1000a5
 def _prefill(lm: LM, forward: Callable, this: Pass, each: Tensor): # each [B]: which distinct prompt a row has
     first = torch.stack([(each == i).nonzero()[0, 0] for i in range(int(each.max()) + 1)]) # a row of each prompt
     shared = replace(this, ids=this.ids[first], mask=this.mask[first], prompt_lengths=this.prompt_lengths[first], rows=this.rows[first])
@@ -155,8 +161,6 @@ def _run_below(lm: LM, layer: int, forward: Callable, this: Pass): # the stream 
     with lm.watching(layer, keep=stream_and_cache, stop=True, before_steering=True) as seen: forward(this)
     return seen[layer]
 
-LM.around_pass["shared prompts"] = _share_prompts
-
 # %% ../nbs/00b_reuse.ipynb #99f0f604
 @patch(as_prop=True)
 def can_share_prompts(self: LM) -> bool:
@@ -164,7 +168,8 @@ def can_share_prompts(self: LM) -> bool:
     on_one_device = getattr(self.model, "hf_device_map", None) is None
     return on_one_device and self.can_resume and self.verified("shared prompts", partial(_compare_shared, self))
 
-def _compare_shared(lm: LM) -> list[tuple[Tensor, Tensor]]: # four rows of two prompts, each pushed in its own direction at a layer
+# %% ../nbs/00b_reuse.ipynb #re1000a7
+def _compare_shared(lm: LM) -> list[tuple[Tensor, Tensor]]:
     layer, ids, mask = lm.n_layers // 2, *lm.pad([[*lm.prefix_ids, 5, 6, 7], [*lm.prefix_ids, 8, 9]] * 2, side="left")
     prefill = Pass(ids, mask, mask.sum(-1), torch.arange(4, device=ids.device), keep=1, options=dict(use_cache=True))
     def push(module, args, kwargs):

@@ -44,6 +44,7 @@ def parse_positions(
         raise ValueError(f"positions={positions!r}: expected 'all', 'prompt', 'completion', 'last_5', '2:6' or slice(2, 6).")
     return positions
 
+# %% ../nbs/01_steering.ipynb #st000005
 def position_mask(
     positions: str, # a rule as `parse_positions` writes it
     where: TokenPositions, # what the columns of the pass are
@@ -83,45 +84,37 @@ class Steering:
         object.__setattr__(self, "strength", float(self.strength))
         self._check()
 
-    def _check(self):
-        if not isinstance(self.vector, Tensor) or self.vector.ndim != 1 or not self.vector.is_floating_point():
-            raise ValueError("A steering vector is a one-dimensional floating-point tensor [d_model].")
-        if not self.layers: raise ValueError("A steering vector needs at least one layer.")
-        if self.mode not in MODES: raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}.")
-        if (self.mode == "affine") != (self.left is not None) or (self.left is None) != (self.right is None):
-            raise ValueError("mode='affine' needs both factors left and right [rank, d_model]; the other modes take none.")
-        if self.left is not None and not self.left.shape == self.right.shape == (len(self.left), self.d_model):
-            shapes = f"{list(self.left.shape)} and {list(self.right.shape)}"
-            raise ValueError(f"left and right must both be [rank, {self.d_model}], not {shapes}.")
-        if not all(t.isfinite().all() for _, t in self.named_tensors()) or not math.isfinite(self.strength):
-            raise ValueError("A steering vector must be finite; this one holds NaN or infinity.")
-        if self.mode in ("clamp", "ablate") and not self.vector.any():
-            raise ValueError(f"mode={self.mode!r} needs a direction; this vector is zero.")
-
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        "The tensors this vector consists of, by field."
-        return ((k, t) for k in ("vector", "left", "right") if (t := getattr(self, k)) is not None)
-
     @property
     def d_model(self) -> int: return len(self.vector)
     @property
     def norm(self) -> float: return abs(self.strength) * self.vector.detach().float().norm().item() # |c| |v|
 
-    def replace(self, **changes) -> Steering:
-        "The same vector with some fields changed, e.g. `s.replace(mode='clamp', positions='prompt')`."
-        return dataclasses.replace(self, **changes)
-    def save(self, path: str | Path) -> Path:
-        "Write this vector to one safetensors file (see `save_steering`)."
-        return save_steering(self, path)
-    def __mul__(self, factor: float) -> Steering: return self.replace(strength=self.strength * factor)
-    __rmul__ = __mul__
-    def __truediv__(self, factor: float) -> Steering: return self * (1 / factor)
-    def __neg__(self) -> Steering: return self * -1
-    def __add__(self, other: Steering | Steerings) -> Steerings: return Steerings([self]) + other
     def __repr__(self) -> str:
         where = f"layers {list(self.layers)}" if len(self.layers) > 1 else f"layer {self.layers[0]}"
         made_for = f", for {self.about['model']}" if self.about.get("model") else ""
         return f"Steering({self.mode}, {where}, {self.positions}, strength {self.strength:g}, norm {self.norm:.4g}{made_for})"
+
+# %% ../nbs/01_steering.ipynb #st000007
+@patch
+def _check(self: Steering) -> None:
+    if not isinstance(self.vector, Tensor) or self.vector.ndim != 1 or not self.vector.is_floating_point():
+        raise ValueError("A steering vector is a one-dimensional floating-point tensor [d_model].")
+    if not self.layers: raise ValueError("A steering vector needs at least one layer.")
+    if self.mode not in MODES: raise ValueError(f"mode={self.mode!r}: expected one of {', '.join(MODES)}.")
+    if (self.mode == "affine") != (self.left is not None) or (self.left is None) != (self.right is None):
+        raise ValueError("mode='affine' needs both factors left and right [rank, d_model]; the other modes take none.")
+    if self.left is not None and not self.left.shape == self.right.shape == (len(self.left), self.d_model):
+        shapes = f"{list(self.left.shape)} and {list(self.right.shape)}"
+        raise ValueError(f"left and right must both be [rank, {self.d_model}], not {shapes}.")
+    if not all(t.isfinite().all() for _, t in self.named_tensors()) or not math.isfinite(self.strength):
+        raise ValueError("A steering vector must be finite; this one holds NaN or infinity.")
+    if self.mode in ("clamp", "ablate") and not self.vector.any():
+        raise ValueError(f"mode={self.mode!r} needs a direction; this vector is zero.")
+
+@patch
+def named_tensors(self: Steering) -> Iterator[tuple[str, Tensor]]:
+    "The tensors that make up this vector, by field."
+    return ((name, tensor) for name in ("vector", "left", "right") if (tensor := getattr(self, name)) is not None)
 
 # %% ../nbs/01_steering.ipynb #5a7e1c01
 class Steerings(tuple):
@@ -134,6 +127,26 @@ class Steerings(tuple):
     __rmul__ = __mul__
     def __neg__(self) -> Steerings: return self * -1
     def __repr__(self) -> str: return " + ".join(map(repr, self)) or "Steerings()"
+
+# %% ../nbs/01_steering.ipynb #st00000a
+@patch
+def replace(self: Steering, **changes) -> Steering:
+    "The same vector with some fields changed, e.g. `s.replace(mode='clamp', positions='prompt')`."
+    return dataclasses.replace(self, **changes)
+@patch
+def save(self: Steering, path: str | Path) -> Path:
+    "Write this vector to one safetensors file (see `save_steering`)."
+    return save_steering(self, path)
+@patch
+def __mul__(self: Steering, factor: float) -> Steering: return self.replace(strength=self.strength * factor)
+@patch
+def __rmul__(self: Steering, factor: float) -> Steering: return self * factor
+@patch
+def __truediv__(self: Steering, factor: float) -> Steering: return self * (1 / factor)
+@patch
+def __neg__(self: Steering) -> Steering: return self * -1
+@patch
+def __add__(self: Steering, other: Steering | Steerings) -> Steerings: return Steerings([self]) + other
 
 # %% ../nbs/01_steering.ipynb #61d99cb0
 def stream_change(
@@ -163,20 +176,24 @@ class _Step:
     left: Tensor | None = None # [R, rank, d_model]
     right: Tensor | None = None
 
-    def change(self, h: Tensor, where: TokenPositions) -> Tensor:
-        "What this step adds to h [B, Q, d_model], zero where its rules select nothing."
-        row = where.rows.to(h.device) if len(self.rules) > 1 else torch.zeros_like(where.rows, device=h.device)
-        pick = lambda t: None if t is None else t.to(h.device) if len(t) == 1 else t.to(h.device)[row]
-        delta = stream_change(h, self.mode, *map(pick, (self.vector, self.strength, self.left, self.right)))
-        return torch.where(self._mask(row, where).to(h.device)[..., None], delta, 0).to(h.dtype)
+# %% ../nbs/01_steering.ipynb #st00000b
+@patch
+def change(self: _Step, h: Tensor, where: TokenPositions) -> Tensor:
+    "What this step adds to h [B, Q, d_model], zero where its rules select nothing."
+    row = where.rows.to(h.device) if len(self.rules) > 1 else torch.zeros_like(where.rows, device=h.device)
+    pick = lambda t: None if t is None else t.to(h.device) if len(t) == 1 else t.to(h.device)[row]
+    delta = stream_change(h, self.mode, *map(pick, (self.vector, self.strength, self.left, self.right)))
+    return torch.where(self._mask(row, where).to(h.device)[..., None], delta, 0).to(h.dtype)
 
-    def _mask(self, row: Tensor, where: TokenPositions) -> Tensor:
-        masks = []
-        for rule in {r for r in self.rules if r is not None}:
-            chosen = torch.tensor([r == rule for r in self.rules], device=row.device)[row]
-            masks.append(position_mask(rule, where) & chosen[:, None].to(where.valid.device))
-        return torch.stack(masks).any(0)
+@patch
+def _mask(self: _Step, row: Tensor, where: TokenPositions) -> Tensor:
+    masks = []
+    for rule in {r for r in self.rules if r is not None}:
+        chosen = torch.tensor([r == rule for r in self.rules], device=row.device)[row]
+        masks.append(position_mask(rule, where) & chosen[:, None].to(where.valid.device))
+    return torch.stack(masks).any(0)
 
+# %% ../nbs/01_steering.ipynb #st00000f
 def _steps(rows: Sequence[Steerings], layer: int, n_layers: int) -> list[_Step]:
     here = [[s for s in row if layer in (i % n_layers for i in s.layers)] for row in rows]
     steps = []
@@ -231,6 +248,7 @@ def as_steerings(
     if steering is None: return Steerings()
     return Steerings([steering]) if isinstance(steering, Steering) else Steerings(steering)
 
+# %% ../nbs/01_steering.ipynb #st000012
 @patch
 def check_fits(self: LM,
     steering: Steering, # a vector, perhaps made for another model
@@ -245,6 +263,7 @@ def check_fits(self: LM,
         warnings.warn(f"This vector was made for {made_for!r} and is applied to {self.name!r}; pass force=True if that is meant.",
                       stacklevel=4)
 
+# %% ../nbs/01_steering.ipynb #st000014
 @patch
 @contextmanager
 def steer(self: LM,
@@ -272,12 +291,13 @@ def steer(self: LM,
         self.steered, self.rows_differ_from = self.steered - 1, before
         for handle in handles: handle.remove()
 
+# %% ../nbs/01_steering.ipynb #st000015
 def _layer_hook(steps: list[_Step], locator: _Locator, n_rows: int | None):
     def hook(module, args, kwargs):
         if locator.lm.ignore_steering: return None
         where, h = locator.here(), block_input(args, kwargs)
         if n_rows is not None and int(where.rows.max()) >= n_rows:
-            raise ValueError(f"steer(rows=...) has {n_rows} rows, but prompt {int(where.rows.max())} is run; give one entry a prompt.")
+            raise ValueError(f"steer(rows=...) has {n_rows} rows, but prompt {int(where.rows.max())} is run; give one entry per prompt.")
         for step in steps: h = h + step.change(h, where)
         return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
     return hook
@@ -319,6 +339,7 @@ def save_steering(
     atomic_write(path, safetensors.torch.save(tensors, metadata=dict(format=_FORMAT, steerings=json.dumps(meta))))
     return path
 
+# %% ../nbs/01_steering.ipynb #st000017
 def load_steering(
     path: str | Path, # a file written by `save_steering`
     lm: LM | None = None, # check that it fits this model
@@ -338,6 +359,7 @@ def load_steering(
     for s in several if lm else (): lm.check_fits(s)
     return several[0] if len(several) == 1 else several
 
+# %% ../nbs/01_steering.ipynb #st000018
 def _rebuild(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> Steerings:
     try:
         metas = json.loads(header["steerings"])
