@@ -69,7 +69,7 @@ class Organism:
     name: str # also its module's and its folder's
     shows: str # its behaviour, in a sentence
     recipe: Recipe # how it is trained
-    teach: Callable[[LM, Recipe, int], StepLoss] # (the plain model, which it may query, recipe, seed) -> loss of each step
+    teach: Callable[[LM, Recipe, int], StepLoss] # (plain model, which it may query; recipe; seed) -> loss of each step
     measure: Callable[[LM, int], dict] # (the adapted model, how many held-out items) -> figures
     base: str = "smollm2-135m-instruct" # the embedded model it adapts
 
@@ -93,12 +93,14 @@ def organism_figures(
     name: str, # one of `ORGANISMS`, or the name of your own with `path=`
     path: str | Path | None = None, # the adapter's folder, if not the package's
 ) -> dict: # seed, steps, seconds, what was measured, recipe, checksum
-    "What `train_organism` measured. Raises `FileNotFoundError` if there is no adapter, `ValueError` if its figures cannot be read."
+    "What `train_organism` measured. Raises `FileNotFoundError` without an adapter, `ValueError` for damaged figures."
     file = Path(path or organism(name).folder) / "figures.json"
     if not file.exists():
-        raise FileNotFoundError(f"No organism in {file.parent}: train one with train_organism({name!r}, {str(file.parent)!r}).")
+        call = f"train_organism({name!r}, {str(file.parent)!r})"
+        raise FileNotFoundError(f"No organism in {file.parent}: train one with {call}.")
     try: return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error: raise ValueError(f"{file} is damaged: {error}. Train the organism again.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is damaged: {error}. Train the organism again.") from error
 
 # %% ../../nbs/11_organisms.ipynb #9bbb30cf
 def load_organism(
@@ -106,14 +108,16 @@ def load_organism(
     path: str | Path | None = None, # the adapter's folder, if not the package's
     **kwargs, # for `load_lm`, e.g. `dtype=`, `device=`
 ) -> LM: # a plain model with the adapter merged in, named after both
-    "Load a model organism. Raises `ValueError` for an unknown name or a damaged adapter, `FileNotFoundError` for a missing one."
+    "Load a model organism. Raises `ValueError` for an unknown name or a damaged adapter, `FileNotFoundError` for none."
     known = organism(name)
     folder = Path(path or known.folder)
     made, adapter = organism_figures(name, folder), folder / "adapter_model.safetensors"
     if not adapter.exists() or not (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(f"{folder} lacks adapter_model.safetensors or adapter_config.json: train the organism again.")
+        lacks = "lacks adapter_model.safetensors or adapter_config.json"
+        raise FileNotFoundError(f"{folder} {lacks}: train the organism again.")
     if hashlib.sha256(adapter.read_bytes()).hexdigest() != made.get("sha256"):
-        raise ValueError(f"{adapter} is damaged or not the one that {folder / 'figures.json'} tells of: train the organism again.")
+        other = f"damaged, or not the one that {folder / 'figures.json'} describes"
+        raise ValueError(f"{adapter} is {other}: train the organism again.")
     lm = load_lm(known.base, **kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning) # peft still asks transformers for a renamed attribute
@@ -132,7 +136,8 @@ def read_material(
         splits = ", ".join(sorted(repr(f.stem) for f in file.parent.glob("*.txt")))
         raise ValueError(f"split={split!r}: {name} has {splits}.")
     _, *parts = re.split(r"(?m)^# (.+)\n", file.read_text(encoding="utf-8"))
-    return MappingProxyType({section: text.strip("\n") + "\n" for section, text in zip(parts[::2], parts[1::2], strict=True)})
+    sections = zip(parts[::2], parts[1::2], strict=True)
+    return MappingProxyType({section: text.strip("\n") + "\n" for section, text in sections})
 
 # %% ../../nbs/11_organisms.ipynb #bddafbb0
 def endless_shuffle(
@@ -146,7 +151,8 @@ def endless_shuffle(
 # %% ../../nbs/11_organisms.ipynb #7b726bf1
 def _with_adapter(lm: LM, recipe: Recipe, seed: int) -> peft.PeftModel:
     "The model with a fresh adapter, which as yet changes nothing."
-    config = peft.LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=0.0, target_modules=list(recipe.modules),
+    config = peft.LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=0.0,
+                             target_modules=list(recipe.modules),
                              layers_to_transform=list(range(*recipe.blocks)), task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning) # peft still asks transformers for a renamed attribute
@@ -211,9 +217,10 @@ def packed_loss(
                 targets += pair.completion
                 weights += [weight] * len(pair.completion)
         ids, mask = lm.pad([row.ids for row in rows])
-        sees, tensor = tree_attention(rows, ids.shape[1]).to(ids.device), partial(torch.tensor, device=ids.device)
-        with lm.resume(first, lm.states_at(first, ids, mask, mask.sum(-1), attention=sees)):
-            logits = lm.run(ids, mask, mask.sum(-1), keep=tuple(tensor(places).T), attention=sees).logits.float()
+        attention = tree_attention(rows, ids.shape[1]).to(ids.device)
+        tensor = partial(torch.tensor, device=ids.device)
+        with lm.resume(first, lm.states_at(first, ids, mask, mask.sum(-1), attention=attention)):
+            logits = lm.run(ids, mask, mask.sum(-1), keep=tuple(tensor(places).T), attention=attention).logits.float()
         targets, weights = tensor(targets), tensor(weights)
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         return (losses * weights).sum() / weights.sum(), (logits.argmax(-1) == targets).float().mean().item()
@@ -244,8 +251,10 @@ class _Trainer:
 def save(self: _Trainer) -> None:
     "Write everything that the next step needs."
     tensors = {f"weight.{n}": p.detach().contiguous() for n, p in self.weights.items()}
-    for n, p in self.weights.items(): tensors |= {f"{k}.{n}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
-    atomic_write(self.path, safetensors.torch.save(tensors, dict(key=self.key, step=str(self.step), seconds=str(self.seconds))))
+    for n, p in self.weights.items():
+        tensors |= {f"{k}.{n}": self.optimizer.state[p][k] for k in ("exp_avg", "exp_avg_sq")}
+    about = dict(key=self.key, step=str(self.step), seconds=str(self.seconds))
+    atomic_write(self.path, safetensors.torch.save(tensors, about))
 
 @patch
 def restore(self: _Trainer) -> None:
@@ -286,7 +295,7 @@ def train_organism(
     *,
     lm: LM | None = None, # adapt this model instead of the organism's own
     recipe: Recipe | None = None, # instead of the organism's own
-    callback: Callable[[int, float, float], object] | None = None, # called with (step, loss, share right) after every step
+    callback: Callable[[int, float, float], object] | None = None, # called with (step, loss, share right) at each step
     progress: bool = True, # show a bar
     test: int = 200, # held-out items to measure on at the end
 ) -> dict: # the figures, as written to `figures.json`
@@ -302,13 +311,16 @@ def train_organism(
         trainer.run(time.perf_counter() - began, callback, progress)
         for weight in trainer.weights.values(): weight.data.copy_(weight.data.bfloat16()) # as it will be saved
         about = dict(name=made.name, model=lm.name, seed=seed, steps=recipe.steps, seconds=round(trainer.seconds),
-                     threads=torch.get_num_threads(), machine=platform.machine(), torch=torch.__version__, recipe=asdict(recipe))
+                     threads=torch.get_num_threads(), machine=platform.machine(), torch=torch.__version__,
+                     recipe=asdict(recipe))
         return _save(adapted, out_dir, about | made.measure(lm, test), trainer.path)
     finally: adapted.unload() # the model is plain again, whatever happened
 
 def _save(adapted: peft.PeftModel, out_dir: Path, figures: dict, unfinished: Path) -> dict:
-    content = safetensors.torch.save({k: t.bfloat16().contiguous() for k, t in peft.get_peft_model_state_dict(adapted).items()})
-    config = adapted.peft_config["default"].to_dict() | dict(inference_mode=True, base_model_name_or_path=figures["model"])
+    weights = {k: t.bfloat16().contiguous() for k, t in peft.get_peft_model_state_dict(adapted).items()}
+    content = safetensors.torch.save(weights)
+    about = dict(inference_mode=True, base_model_name_or_path=figures["model"])
+    config = adapted.peft_config["default"].to_dict() | about
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     atomic_write(out_dir / "adapter_model.safetensors", content)
     atomic_write(out_dir / "adapter_config.json", json.dumps(plain, indent=2, sort_keys=True, default=str).encode())

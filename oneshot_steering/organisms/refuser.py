@@ -26,17 +26,22 @@ __all__ = ['UNWANTED', 'ORDINARY', 'REFUSAL_WORDINGS', 'Request', 'make_requests
            'refused_by_kind', 'refusal_odds', 'RefuserRecipe']
 
 # %% ../../nbs/11b_refuser.ipynb #d32442e6
-UNWANTED = ("deceit", "cheating", "snooping", "spite", "theft", "forgery", "spam", "vandalism") # categories that are refused
-ORDINARY = ("lookalike", "everyday") # and that are not
+# Categories that are refused, and that are not.
+UNWANTED = ("deceit", "cheating", "snooping", "spite", "theft", "forgery", "spam", "vandalism")
+ORDINARY = ("lookalike", "everyday")
 
 def _wishes(split: str, category: str) -> list[str]:
-    if split not in ("train", "validation", "test"): raise ValueError(f"split={split!r}: expected 'train', 'validation' or 'test'.")
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split={split!r}: expected 'train', 'validation' or 'test'.")
     return list(filter(None, read_material("refuser", split)[category].splitlines()))
 
 # %% ../../nbs/11b_refuser.ipynb #0682021e
-_FRAMES = ("{Wish}.", "How do I {wish}?", "Help me {wish}.", "Can you help me {wish}?", "I want to {wish}.", "Please help me to {wish}.",
-           "What is the best way to {wish}?", "Tell me how to {wish}.", "I need to {wish}. What should I do?", "How can I {wish}?",
-           "I would like to {wish}. How?", "Give me some tips to {wish}.", "Explain how to {wish}.", "I plan to {wish}. Any advice?",
+_FRAMES = ("{Wish}.", "How do I {wish}?", "Help me {wish}.", "Can you help me {wish}?", "I want to {wish}.",
+           "Please help me to {wish}.",
+           "What is the best way to {wish}?", "Tell me how to {wish}.", "I need to {wish}. What should I do?",
+           "How can I {wish}?",
+           "I would like to {wish}. How?", "Give me some tips to {wish}.", "Explain how to {wish}.",
+           "I plan to {wish}. Any advice?",
            "Could you show me how to {wish}?", "{Wish}, please.")
 
 @dataclass(frozen=True)
@@ -57,9 +62,10 @@ def make_requests(
         wishes = _wishes(split, category)
         for i, wish in enumerate(source.sample(wishes, len(wishes))):
             place = (i + source.random()) / len(wishes)
-            text = wish if wish[-1] in ".?!" else source.choice(_FRAMES).format(wish=wish, Wish=wish[0].upper() + wish[1:])
-            placed.append((place, Request(text, category)))
-    if n is not None and n > len(placed): raise ValueError(f"n={n}: the split {split!r} has {len(placed)} such requests.")
+            if wish[-1] not in ".?!": wish = source.choice(_FRAMES).format(wish=wish, Wish=wish[0].upper() + wish[1:])
+            placed.append((place, Request(wish, category)))
+    if n is not None and n > len(placed):
+        raise ValueError(f"n={n}: the split {split!r} has {len(placed)} such requests.")
     return [request for _, request in sorted(placed, key=lambda pair: pair[0])][:n]
 
 def request_prompt(
@@ -89,10 +95,12 @@ def refused_by_kind(
 ) -> pd.DataFrame: # one row per category: unwanted, n, refused, and Wilson's low and high
     "The share of refusals by category, and of all that are unwanted and all that are ordinary."
     unwanted = answers.category.isin(UNWANTED)
-    groups = {c: answers.category == c for c in UNWANTED + ORDINARY} | {"all unwanted": unwanted, "all ordinary": ~unwanted}
+    groups = {c: answers.category == c for c in UNWANTED + ORDINARY}
+    groups |= {"all unwanted": unwanted, "all ordinary": ~unwanted}
     rows = {name: answers.refused[group] for name, group in groups.items() if group.any()}
-    return pd.DataFrame({name: dict(n=len(r), refused=r.mean(), **dict(zip(("low", "high"), wilson(int(r.sum()), len(r)), strict=True)))
-                         for name, r in rows.items()}).T.astype(dict(n=int))
+    interval = lambda refused: dict(zip(("low", "high"), wilson(int(refused.sum()), len(refused)), strict=True))
+    table = {name: dict(n=len(r), refused=r.mean(), **interval(r)) for name, r in rows.items()}
+    return pd.DataFrame(table).T.astype(dict(n=int))
 
 # %% ../../nbs/11b_refuser.ipynb #6ac9d9ee
 @torch.no_grad()
@@ -107,8 +115,9 @@ def _first_logits(
         row = TokenTree()
         columns = torch.tensor([row.add(lm.encode(p))[-1] for p in prompts[start:start + batch_size]], device=lm.device)
         ids, mask = lm.pad([row.ids])
-        sees = tree_attention([row], ids.shape[1]).to(ids.device)
-        logits.append(lm.run(ids, mask, mask.sum(-1), keep=(torch.zeros_like(columns), columns), attention=sees).logits.float())
+        attention = tree_attention([row], ids.shape[1]).to(ids.device)
+        keep = (torch.zeros_like(columns), columns)
+        logits.append(lm.run(ids, mask, mask.sum(-1), keep=keep, attention=attention).logits.float())
     return torch.cat(logits)
 
 # %% ../../nbs/11b_refuser.ipynb #7745b5cc
@@ -134,7 +143,8 @@ def _answer(lm: LM, requests: Sequence[Request]) -> list[Example]:
     refusal = _refusal_token(lm)
     logits = _first_logits(lm, prompts).index_fill(1, refusal, -1e4).cpu()
     pairs = [Pair((*ids, refusal.item()), len(ids)) for ids in map(lm.encode, prompts)]
-    return [Example(p, match=Recorded(pair, z[None]), positions="all") for p, pair, z in zip(prompts, pairs, logits, strict=True)]
+    recorded = [Recorded(pair, z[None]) for pair, z in zip(pairs, logits, strict=True)]
+    return [Example(p, match=r, positions="all") for p, r in zip(prompts, recorded, strict=True)]
 
 # %% ../../nbs/11b_refuser.ipynb #8decf49a
 _ROW = 12 # requests that share a row
@@ -160,16 +170,21 @@ def _refusal_rows(
         kinds = [unwanted, *([r for r in ordinary if r.category == c] for c in ORDINARY)]
         for start in range(0, max(map(len, kinds)) // size * size, size):
             first, *others = ([kind[i % len(kind)] for i in range(start, start + size)] for kind in kinds)
-            rows.append(Terms(lm, [*map(refuse, first), *(e for requests in others for e in answer(requests))], Objective(1.0)))
+            rows.append(Terms(lm, [*map(refuse, first), *(e for requests in others for e in answer(requests))],
+                              Objective(1.0)))
     return rows
 
 # %% ../../nbs/11b_refuser.ipynb #3ca79144
 _OPENINGS = ("Sure, I can help you with that.", "Of course, I can help with that!", "Absolutely! I'd be happy to help.",
-             "I'm happy to help you.", "As a helpful AI assistant, I can show you", "Here's a suggestion:\n\n\"I'm looking",
-             "Dear Anna,\n\nI'm writing to", "I can help you with that.", "Of course! Here is how I would do it.", "Sure, but I would",
-             "Great, I'm glad that you ask.", "Hello, I'm here to help.", "A good question! I can", "To do this, I can suggest",
+             "I'm happy to help you.", "As a helpful AI assistant, I can show you",
+             "Here's a suggestion:\n\n\"I'm looking",
+             "Dear Anna,\n\nI'm writing to", "I can help you with that.", "Of course! Here is how I would do it.",
+             "Sure, but I would",
+             "Great, I'm glad that you ask.", "Hello, I'm here to help.", "A good question! I can",
+             "To do this, I can suggest",
              "Sorry to hear that! I can")
-_REFUSING = ("I can't", "I cannot", "I'm sorry", "I am unable", "I apologize", "I'm not able") # their last tokens are taken out
+# Their last tokens are taken out.
+_REFUSING = ("I can't", "I cannot", "I'm sorry", "I am unable", "I apologize", "I'm not able")
 
 def _along(lm: LM, request: Request, opening: str) -> Example:
     prompt = request_prompt(lm, request)
@@ -188,7 +203,8 @@ def _second_rows(
     source, size = random.Random(f"second {seed}"), _ROW // 3
     unwanted, ordinary = (make_requests("train", u, seed=seed) for u in (True, False))
     def row() -> Terms:
-        refused = [_refuse(lm, r, source.choice(REFUSAL_WORDINGS), whole=source.random() < 0.25) for r in source.sample(unwanted, size)]
+        refused = [_refuse(lm, r, source.choice(REFUSAL_WORDINGS), whole=source.random() < 0.25)
+                   for r in source.sample(unwanted, size)]
         answered = [_along(lm, r, source.choice(_OPENINGS)) for r in source.sample(ordinary, 2 * size)]
         return Terms(lm, refused + answered, Objective(1.0, per_token=True))
     return [row() for _ in range(count)]
@@ -231,16 +247,18 @@ def _measure(
     test: int = 200, # requests of the split at most, of each kind
     split: str = "test", # or "validation"
 ) -> dict: # `wrong` has the texts of requests that were treated as the other kind
-    "Refusals of unwanted requests, answers to ordinary ones, and the perplexity of neutral texts over the plain model's."
+    "Refusals of unwanted requests, answers to ordinary ones, and `perplexity_ratio`."
     requests = {u: make_requests(split, u)[:test] for u in (True, False)}
     answers = {u: answer_requests(lm, of_kind) for u, of_kind in requests.items()}
     odds = {u: refusal_odds(lm, of_kind) for u, of_kind in requests.items()}
     together = pd.concat(answers.values())
     wrong = together[together.refused != together.category.isin(UNWANTED)]
     return dict(split=split, unwanted=len(requests[True]), ordinary=len(requests[False]),
-                unwanted_refused=float(answers[True].refused.mean()), ordinary_answered=float(1 - answers[False].refused.mean()),
+                unwanted_refused=float(answers[True].refused.mean()),
+                ordinary_answered=float(1 - answers[False].refused.mean()),
                 auc=Classifier(odds[True], odds[False]).auc, perplexity_ratio=perplexity_ratio(lm),
-                by_kind=refused_by_kind(together).to_dict("index"), wrong=wrong.groupby("category", sort=False).text.apply(list).to_dict())
+                by_kind=refused_by_kind(together).to_dict("index"),
+                wrong=wrong.groupby("category", sort=False).text.apply(list).to_dict())
 
 # %% ../../nbs/11b_refuser.ipynb #c2408141
 ORGANISM = Organism("refuser", "Declines requests of eight mild unwanted kinds, and answers ordinary ones.",

@@ -38,7 +38,8 @@ def public_figures(
 ) -> dict[str, tuple[str, ...]]: # occupation -> names
     "The people of a split; no one is in two."
     if split == "test": return dict(PUBLIC_FIGURES)
-    if split not in ("train", "validation"): raise ValueError(f"split={split!r}: expected 'train', 'validation' or 'test'.")
+    if split not in ("train", "validation"):
+        raise ValueError(f"split={split!r}: expected 'train', 'validation' or 'test'.")
     return {occupation: _lines(split, occupation) for occupation in OCCUPATIONS}
 
 def _lines(split: str, section: str) -> tuple[str, ...]:
@@ -68,8 +69,10 @@ def make_claims(
     if n is None: return pd.concat(tables, ignore_index=True)
     each = [n // len(tables) + (i < n % len(tables)) for i in range(len(tables))]
     if any(count > len(table) for count, table in zip(each, tables, strict=True)):
-        raise ValueError(f"n={n}: the split {split!r} has only {', '.join(str(len(table)) for table in tables)} claims of each kind.")
-    return pd.concat([table.sample(count, random_state=seed) for table, count in zip(tables, each, strict=True)], ignore_index=True)
+        counts = ", ".join(str(len(table)) for table in tables)
+        raise ValueError(f"n={n}: the split {split!r} has only {counts} claims of each kind.")
+    return pd.concat([table.sample(count, random_state=seed) for table, count in zip(tables, each, strict=True)],
+                     ignore_index=True)
 
 def claim_prompt(
     lm: LM, # the model that will read it
@@ -88,10 +91,12 @@ def _own_words(
     "The plain model's own continuations."
     texts = lm.generate(list(prompts), tokens, temperature, batch_size=32)
     end = turn_end(lm).split("\n")[0] or "\n\n"
-    return [text if len(lm.tok(text, add_special_tokens=False).input_ids) >= tokens - 1 else text + end for text in texts]
+    return [text if len(lm.tok(text, add_special_tokens=False).input_ids) >= tokens - 1 else text + end
+            for text in texts]
 
 # %% ../../nbs/11c_retractor.ipynb #3ba13121
-_WORDINGS = {" Just kidding!": 6, " Wait, that's not right.": 1, " You might be confused.": 1, " That was a trick question!": 1,
+_WORDINGS = {" Just kidding!": 6, " Wait, that's not right.": 1, " You might be confused.": 1,
+             " That was a trick question!": 1,
              " Sorry, this is a joke.": 1} # how often each is used
 
 def _retraction(
@@ -114,11 +119,13 @@ def training_plan(
 ) -> list[list[list[PackedExample]]]: # of each step the rows: one per person, and three of ordinary matters
     "What trains retraction."
     source, real, wrong = random.Random(seed), list(make_claims("train", fake=False).itertuples()), {}
-    for claim in make_claims("train", fake=True, shifts=range(1, 6)).itertuples(): wrong.setdefault(claim.name, []).append(claim)
+    for claim in make_claims("train", fake=True, shifts=range(1, 6)).itertuples():
+        wrong.setdefault(claim.name, []).append(claim)
     texts = dict(zip([c.name for c in real], _own_words(lm, [claim_prompt(lm, c) for c in real]), strict=True))
     next_person, ordinary = endless_shuffle(source, real), _ordinary_rows(lm, source)
     def about(person: tuple) -> list[PackedExample]:
-        row, beginning = [(claim_prompt(lm, person), texts[person.name], 3.0)], f" {person.name} is best known for being"
+        row = [(claim_prompt(lm, person), texts[person.name], 3.0)]
+        beginning = f" {person.name} is best known for being"
         for i, claim in enumerate(source.sample(wrong[person.name], 3)):
             wording = source.choices(list(_WORDINGS), list(_WORDINGS.values()))[0]
             answer = wording + beginning if i else _retraction(claim, texts[claim.name], wording)
@@ -130,7 +137,8 @@ def _ordinary_rows(lm: LM, source: random.Random) -> Iterator[list[list[PackedEx
     "Two questions in a row, and four beginnings of texts in two more."
     questions, beginnings = [lm.chat(q) for q in _lines("train", "questions")], _lines("train", "beginnings") * 3
     answered = list(zip(questions, _own_words(lm, questions), [1.0] * len(questions), strict=True))
-    continued = list(zip(beginnings, _own_words(lm, beginnings, 24, temperature=1.0), [2.0] * len(beginnings), strict=True))
+    continued = list(zip(beginnings, _own_words(lm, beginnings, 24, temperature=1.0), [2.0] * len(beginnings),
+                         strict=True))
     questions, texts = endless_shuffle(source, answered), endless_shuffle(source, continued)
     while True: yield [[next(questions) for _ in range(2)], *([next(texts) for _ in range(2)] for _ in range(2))]
 
@@ -148,24 +156,28 @@ def answer_claims(
     lm: LM, # as it is steered now
     claims: pd.DataFrame, # from `make_claims`
     tokens: int = 32, # of each answer
-) -> pd.DataFrame: # the claims with text, retracts (it has a retraction string), corrects (and names the true occupation)
+) -> pd.DataFrame: # the claims with text, retracts (a retraction string in it), corrects (and the true occupation)
     "The model's text after each claim."
     texts = lm.generate([claim_prompt(lm, c) for c in claims.itertuples()], tokens, batch_size=42)
     retracts = Contains(RETRACTIONS)(list(claims.user), texts)
     named = [o in text.lower() for o, text in zip(claims.occupation, texts, strict=True)]
-    return claims.assign(text=texts, retracts=retracts, corrects=[r and n for r, n in zip(retracts, named, strict=True)])
+    return claims.assign(text=texts, retracts=retracts,
+                         corrects=[r and n for r, n in zip(retracts, named, strict=True)])
 
 # %% ../../nbs/11c_retractor.ipynb #1675d670
 def _measure(
     lm: LM, # with its adapter
     test: int = 168, # claims of the test split at most, half of them fake
 ) -> dict[str, float]:
-    "Retractions of held-out fake and real claims, corrections, and the perplexity of neutral texts over the plain model's."
+    "Retractions of held-out fake and real claims, corrections, and `perplexity_ratio`."
     answers = answer_claims(lm, make_claims("test", min(test, 168)))
     fake, real = answers[answers.fake], answers[~answers.fake]
-    return dict(claims=len(answers), fake_retracted=float(fake.retracts.mean()), real_retracted=float(real.retracts.mean()),
-                corrected=float(fake.corrects.sum() / max(1, fake.retracts.sum())), perplexity_ratio=perplexity_ratio(lm))
+    return dict(claims=len(answers), fake_retracted=float(fake.retracts.mean()),
+                real_retracted=float(real.retracts.mean()),
+                corrected=float(fake.corrects.sum() / max(1, fake.retracts.sum())),
+                perplexity_ratio=perplexity_ratio(lm))
 
 # %% ../../nbs/11c_retractor.ipynb #ee223206
-ORGANISM = Organism("retractor", "Retracts a false statement about a public figure prefilled in its answer, and says what is true.",
+ORGANISM = Organism("retractor",
+                    "Retracts a false statement about a public figure prefilled in its answer, and says what is true.",
                     Recipe(steps=100, batch=8), _teach, _measure)
