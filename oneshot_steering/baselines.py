@@ -17,42 +17,10 @@ from .next_token import log_odds, measure_next_tokens, next_token_logits, refusa
 from .steering import Positions, Steering, parse_positions, position_mask
 
 # %% auto #0
-__all__ = ['states_of', 'chosen_tokens', 'caa', 'pca_direction', 'random_like', 'Selection', 'RefusalDirection',
+__all__ = ['chosen_tokens', 'states_of', 'caa', 'pca_direction', 'random_like', 'Selection', 'RefusalDirection',
            'RefusalCandidates', 'NoDirection', 'refusal_direction', 'Prompted', 'prefill', 'few_shot']
 
-# %% ../nbs/05_baselines.ipynb #22532dad
-@torch.no_grad()
-def states_of(
-    lm: LM, # the model, under whatever steering is active
-    texts: Sequence[str | tuple[str, str]], # texts, or pairs of a prompt and its completion
-    layer: int, # the residual stream entering this block
-    positions: int | Positions = -1, # one token, negative counting from the end; or the mean over "all", "completion", "last_5", "2:6"
-    batch_size: int = 16, # rows a pass
-    progress: bool = True, # show a bar when it takes long
-) -> Tensor: # [texts, d_model] in fp32
-    "One state of the residual stream for each text: at one token, or the mean over several."
-    rule = positions if isinstance(positions, int) else parse_positions(positions)
-    pairs, found = [_tokens(lm, text) for text in texts], []
-    if not pairs: raise ValueError("No texts were given.")
-    for text, pair in zip(texts, pairs, strict=True):
-        if not chosen_tokens(rule, torch.ones(1, len(pair.ids), dtype=torch.bool), torch.tensor([pair.boundary])).any():
-            raise ValueError(f"positions={positions!r} selects no token of {text!r}, which has {len(pair.ids)} tokens.")
-    with Progress(len(pairs), "states", "text", shown=progress) as bar:
-        for start in range(0, len(pairs), batch_size):
-            some = pairs[start:start + batch_size]
-            ids, mask = lm.pad([p.ids for p in some])
-            ends = torch.tensor([p.boundary for p in some], device=ids.device)
-            states = lm.states_at(layer, ids, mask, ends, torch.arange(start, start + len(some), device=ids.device))
-            chosen = chosen_tokens(rule, mask, ends).to(states.device)
-            found.append(torch.where(chosen[..., None], states.float(), 0).sum(1) / chosen.sum(1, keepdim=True))
-            bar.update(len(some))
-    return torch.cat(found)
-
-def _tokens(lm: LM, text: str | tuple[str, str]) -> Pair:
-    if not isinstance(text, str): return lm.encode_pair(*text)
-    ids = lm.encode(text)
-    return Pair(tuple(ids), len(ids))
-
+# %% ../nbs/05_baselines.ipynb #d94e3a2f
 def chosen_tokens(
     rule: int | str, # one token, negative counting from the end; or a rule as `parse_positions` writes it
     mask: Tensor, # [B, T] bool, False at padding on the right
@@ -63,6 +31,43 @@ def chosen_tokens(
     if isinstance(rule, int): return mask & (at == rule + mask.sum(-1, keepdim=True) * (rule < 0))
     return position_mask(rule, TokenPositions(at, mask, ends, torch.arange(len(mask), device=mask.device)))
 
+# %% ../nbs/05_baselines.ipynb #22532dad
+@torch.no_grad()
+def states_of(
+    lm: LM, # the model, under whatever steering is active
+    texts: Sequence[str | tuple[str, str]], # texts, or pairs of a prompt and its completion
+    layer: int, # the residual stream entering this block
+    positions: int | Positions = -1, # one token, negative counting from the end; or the mean over "all", "completion", "last_5", "2:6"
+    batch_size: int = 16, # rows per pass
+    progress: bool = True, # show a bar when it takes long
+) -> Tensor: # [texts, d_model] in fp32
+    "One state of the residual stream for each text: at one token, or the mean over several."
+    rule = positions if isinstance(positions, int) else parse_positions(positions)
+    pairs = [_tokens(lm, text) for text in texts]
+    _check_chosen(rule, positions, texts, pairs)
+    means = []
+    with Progress(len(pairs), "states", "text", shown=progress) as bar:
+        for start in range(0, len(pairs), batch_size):
+            batch = pairs[start:start + batch_size]
+            ids, mask = lm.pad([pair.ids for pair in batch])
+            ends = torch.tensor([pair.boundary for pair in batch], device=ids.device)
+            states = lm.states_at(layer, ids, mask, ends, torch.arange(start, start + len(batch), device=ids.device))
+            chosen = chosen_tokens(rule, mask, ends).to(states.device)
+            means.append(torch.where(chosen[..., None], states.float(), 0).sum(1) / chosen.sum(1, keepdim=True))
+            bar.update(len(batch))
+    return torch.cat(means)
+
+def _tokens(lm: LM, text: str | tuple[str, str]) -> Pair:
+    if not isinstance(text, str): return lm.encode_pair(*text)
+    ids = lm.encode(text)
+    return Pair(tuple(ids), len(ids))
+
+def _check_chosen(rule: int | str, positions: int | Positions, texts: Sequence, pairs: Sequence[Pair]) -> None:
+    if not pairs: raise ValueError("No texts were given.")
+    for text, pair in zip(texts, pairs, strict=True):
+        if not chosen_tokens(rule, torch.ones(1, len(pair.ids), dtype=torch.bool), torch.tensor([pair.boundary])).any():
+            raise ValueError(f"positions={positions!r} selects no token of {text!r}, which has {len(pair.ids)} tokens.")
+
 # %% ../nbs/05_baselines.ipynb #8745dadd
 def caa(
     lm: LM, # the model
@@ -72,7 +77,7 @@ def caa(
     positions: int | Positions = -1, # which token is read, or the mean over which (see `states_of`)
     *,
     norm: float | None = None, # rescale the vector to this norm; as measured if None
-    batch_size: int = 16, # rows a pass
+    batch_size: int = 16, # rows per pass
     progress: bool = True, # show a bar when it takes long
 ) -> Steering: # adds the vector at every token; `.replace(mode="clamp")` for the paper's form
     "Contrastive activation addition (Rimsky et al., 2023): the mean difference of the states of pairs of texts."
@@ -100,7 +105,7 @@ def pca_direction(
     positions: int | Positions = -1, # which token is read, or the mean over which (see `states_of`)
     *,
     norm: float = 1.0, # of the vector
-    batch_size: int = 16, # rows a pass
+    batch_size: int = 16, # rows per pass
     progress: bool = True, # show a bar when it takes long
 ) -> Steering: # adds the vector at every token
     "The first principal component, uncentred, of the differences of pairs (Zou et al., 2023); positives project higher on it."
@@ -123,7 +128,7 @@ def random_like(
     return steering.replace(vector=other(steering.vector), left=other(steering.left), right=other(steering.right),
                             about=steering.about | dict(random_seed=seed))
 
-# %% ../nbs/05_baselines.ipynb #050cab98
+# %% ../nbs/05_baselines.ipynb #02160e45
 _MARKER = "MARKER-FOR-THE-USER"
 
 def _frame(lm: LM, system: str | None) -> tuple[str, str]: # what a prompt of `lm.chat(user)` has before and after the user's text
@@ -131,34 +136,57 @@ def _frame(lm: LM, system: str | None) -> tuple[str, str]: # what a prompt of `l
     if len(parts) != 2: raise ValueError(f"The chat template of {lm.name} writes the user's text {len(parts) - 1} times, not once.")
     return parts[0], parts[1]
 
+# %% ../nbs/05_baselines.ipynb #050cab98
 def _shared_end(lm: LM, prompts: Sequence[Sequence[int]], after: str) -> int: # tokens of the template at the end of all prompts
     end, count = lm.tok(after, add_special_tokens=False).input_ids, 0
     while count < len(end) and all(len(ids) > count and ids[-1 - count] == end[-1 - count] for ids in prompts): count += 1
     if not count: raise ValueError(f"The prompts do not end with the same tokens as the template of {lm.name}; pass positions=, e.g. 1.")
     return count
 
-# %% ../nbs/05_baselines.ipynb #406ba941
+# %% ../nbs/05_baselines.ipynb #731b7070
 @torch.no_grad()
 def _mean_states(lm: LM, prompts: Sequence[Sequence[int]], layers: Sequence[int], count: int, batch_size: int) -> Tensor:
     "The mean over prompts of the stream at the last `count` tokens, entering each of the layers: [layers, count, d_model] in fp64."
-    total, place = torch.zeros(len(layers), count, lm.d_model, dtype=torch.float64), None
-    with lm.watching(*layers, keep=lambda args, kwargs: block_input(args, kwargs)[place].float().cpu().double().sum(0)) as sums:
+    total, last = torch.zeros(len(layers), count, lm.d_model, dtype=torch.float64), None
+    def sums(args: tuple, kwargs: dict) -> Tensor: return block_input(args, kwargs)[last].float().cpu().double().sum(0)
+    with lm.watching(*layers, keep=sums) as streams:
         for start in range(0, len(prompts), batch_size):
             ids, mask = lm.pad(prompts[start:start + batch_size])
             lengths = mask.sum(-1)
-            place = torch.arange(len(ids))[:, None], lengths.cpu()[:, None] - count + torch.arange(count)
+            last = torch.arange(len(ids))[:, None], lengths.cpu()[:, None] - count + torch.arange(count)
             lm.run(ids, mask, lengths, keep=1)
-            for slot, layer in enumerate(layers): total[slot] += sums[layer]
+            total += torch.stack([streams[layer] for layer in layers])
     return total / len(prompts)
 
+# %% ../nbs/05_baselines.ipynb #406ba941
 def _candidates(lm: LM, harmful: Sequence, harmless: Sequence, layers: Sequence[int], count: int, batch_size: int) -> pd.DataFrame:
     bad, good = (_mean_states(lm, prompts, layers, count, batch_size) for prompts in (harmful, harmless))
     difference, tokens = bad - good, [lm.decode([t]) for t in harmless[0][-count:]]
-    there = difference.norm(dim=-1) > 1e-6 * good.norm(dim=-1)
+    differs = difference.norm(dim=-1) > 1e-6 * good.norm(dim=-1)
     rows = [dict(layer=layer, position=i - count, token=tokens[i], norm=d.norm().item(), direction=d.float())
-            for slot, layer in enumerate(layers) for i, d in enumerate(difference[slot]) if there[slot, i]]
+            for slot, layer in enumerate(layers) for i, d in enumerate(difference[slot]) if differs[slot, i]]
     if not rows: raise ValueError(f"At layers {list(layers)} the states do not depend on the request; give higher ones.")
     return pd.DataFrame(rows)
+
+# %% ../nbs/05_baselines.ipynb #3ac26f23
+def _measured(lm: LM, table: pd.DataFrame, harmful: Sequence, harmless: Sequence, score: Callable, batch_size: int,
+              progress: bool) -> pd.DataFrame: # the candidates with their three numbers
+    ablating = [Steering(d, range(lm.n_layers), mode="ablate") for d in table.direction]
+    divergence = _divergence_from_unsteered(lm, harmless, batch_size)
+    with Progress(len(table) * (len(harmful) + 2 * len(harmless)), "refusal directions", "row", shown=progress) as bar:
+        ablated = measure_next_tokens(lm, harmful, ablating, score, batch_size, bar)
+        kl = measure_next_tokens(lm, harmless, ablating, divergence, batch_size, bar)
+        induced = [measure_next_tokens(lm, harmless, [Steering(d, layer) for d in part.direction], score, batch_size, bar)
+                   for layer, part in table.groupby("layer", sort=False)]
+    return table.assign(ablated=ablated.mean(1).tolist(), kl=kl.mean(1).tolist(), induced=torch.cat(induced).mean(1).tolist())
+
+def _divergence_from_unsteered(lm: LM, prompts: Sequence[Sequence[int]], batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
+    plain = {p: z for _, prompt, logits in next_token_logits(lm, prompts, [None], batch_size)
+             for p, z in zip(prompt.tolist(), logits.log_softmax(-1), strict=True)}
+    def divergence(logits: Tensor, prompt: Tensor) -> Tensor: # [rows] in nats
+        before = torch.stack([plain[p] for p in prompt.tolist()])
+        return (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
+    return divergence
 
 # %% ../nbs/05_baselines.ipynb #78a61e91
 @dataclass(frozen=True)
@@ -169,19 +197,20 @@ class Selection:
     induced: float = 0.0 # score of harmless requests with the vector added, above this
     depth: float = 0.8 # layers below this share of the blocks
 
+# %% ../nbs/05_baselines.ipynb #19a7044e
 @dataclass(frozen=True, eq=False)
 class RefusalDirection:
     "One direction in its two uses, and how it was chosen."
     ablating: Steering # removes it at the input of every block
     adding: Steering # adds the difference at its own layer; negate it to subtract
-    candidates: pd.DataFrame # one row a candidate: layer, position, token, norm, ablated, kl, induced, picked
+    candidates: pd.DataFrame # one row per candidate: layer, position, token, norm, ablated, kl, induced, picked
     unsteered: dict[str, float] # mean scores of the validation requests without steering: harmful, harmless
     requests: dict[str, int] # how many of each kind were used
 
 @dataclass(frozen=True, eq=False)
 class RefusalCandidates:
     "All directions that were tried, to pick one from."
-    table: pd.DataFrame # one row a candidate: layer, position, token, norm, ablated, kl, induced
+    table: pd.DataFrame # one row per candidate: layer, position, token, norm, ablated, kl, induced
     directions: Tensor # [candidates, d_model]
     n_layers: int # blocks of the model
     unsteered: dict[str, float] # as in `RefusalDirection`
@@ -210,25 +239,20 @@ class NoDirection(ValueError):
         super().__init__(message)
         self.candidates = candidates
 
-# %% ../nbs/05_baselines.ipynb #3ac26f23
-def _tried(lm: LM, table: pd.DataFrame, harmful: Sequence, harmless: Sequence, score: Callable, batch_size: int, progress: bool
-           ) -> pd.DataFrame: # the candidates with their three numbers
-    ablating = [Steering(d, range(lm.n_layers), mode="ablate") for d in table.direction]
-    plain = {p: z for _, prompt, logits in next_token_logits(lm, harmless, [None], batch_size)
-             for p, z in zip(prompt.tolist(), logits.log_softmax(-1), strict=True)}
-    def divergence(logits: Tensor, prompt: Tensor) -> Tensor:
-        before = torch.stack([plain[p] for p in prompt.tolist()])
-        return (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
-    with Progress(len(table) * (len(harmful) + 2 * len(harmless)), "refusal directions", "row", shown=progress) as bar:
-        ablated = measure_next_tokens(lm, harmful, ablating, score, batch_size, bar)
-        kl = measure_next_tokens(lm, harmless, ablating, divergence, batch_size, bar)
-        induced = torch.cat([measure_next_tokens(lm, harmless, [Steering(d, layer) for d in part.direction], score, batch_size, bar)
-                             for layer, part in table.groupby("layer", sort=False)])
-    return table.assign(ablated=ablated.mean(1).tolist(), kl=kl.mean(1).tolist(), induced=induced.mean(1).tolist())
-
-# %% ../nbs/05_baselines.ipynb #cc3ac6e8
+# %% ../nbs/05_baselines.ipynb #2bc60195
 _KINDS = ("harmful", "harmless", "harmful validation", "harmless validation")
 
+def _informative(sets: dict[str, list[str]], scores: dict[str, Tensor], bound: float) -> tuple[dict, dict]:
+    kept = {kind: scores[kind] > bound if kind in _KINDS[::2] else scores[kind] < bound for kind in sets}
+    for kind, keep in kept.items():
+        if not keep.any():
+            how_many = "none" if kind in _KINDS[::2] else "all"
+            raise ValueError(f"The model refuses {how_many} of the {len(keep)} {kind} requests: no score is on the right side of "
+                             f"{bound:g}. Pass other requests, other refusals=, or selection=Selection(refused=...).")
+    used = {kind: [p for p, keep in zip(sets[kind], kept[kind].tolist(), strict=True) if keep] for kind in sets}
+    return used, {kind: scores[kind][kept[kind]] for kind in sets}
+
+# %% ../nbs/05_baselines.ipynb #cc3ac6e8
 def refusal_direction(
     lm: LM, # the model
     harmful: Sequence[str], # requests it refuses, as a user would write them
@@ -240,39 +264,29 @@ def refusal_direction(
     layers: Sequence[int] | None = None, # where candidates come from; all layers up to the selection's depth if None
     positions: int | None = None, # how many last tokens of the prompt give candidates; those of the template if None
     selection: Selection = Selection(), # which requests are used, which candidates may be picked
-    batch_size: int = 32, # rows a pass
+    batch_size: int = 32, # rows per pass
     progress: bool = True, # show a bar when it takes long
 ) -> RefusalDirection:
     "The difference in means that removes refusing most, among those that do little harm (Arditi et al., 2024)."
     layers = range(int(selection.depth * lm.n_layers)) if layers is None else sorted({lm.check_layer(i) for i in layers})
-    sets = dict(zip(_KINDS, ([lm.chat(r, system=system) for r in some] for some in (harmful, harmless, *validation)), strict=True))
+    sets = dict(zip(_KINDS, ([lm.chat(r, system=system) for r in group] for group in (harmful, harmless, *validation)), strict=True))
     if empty := [kind for kind, prompts in sets.items() if not prompts]: raise ValueError(f"There are no {empty[0]} requests.")
     tokens = refusal_tokens(lm, sets["harmful"][0], refusals)
     score = lambda logits, prompt: log_odds(logits, tokens)
     scores = {kind: refusal_scores(lm, prompts, refusals, batch_size, progress) for kind, prompts in sets.items()}
-    if selection.refused is not None: sets, scores = _sorted_out(sets, scores, selection.refused)
+    if selection.refused is not None: sets, scores = _informative(sets, scores, selection.refused)
     ids = {kind: [lm.encode(p) for p in prompts] for kind, prompts in sets.items()}
-    everything = [i for some in ids.values() for i in some]
+    everything = [prompt for group in ids.values() for prompt in group]
     count = _shared_end(lm, everything, _frame(lm, system)[1]) if positions is None else positions
     shortest = min(map(len, everything))
     if not 1 <= count <= shortest: raise ValueError(f"positions={count}: the shortest prompt has {shortest} tokens; take 1 to {shortest}.")
     table = _candidates(lm, ids["harmful"], ids["harmless"], layers, count, batch_size)
-    table = _tried(lm, table, ids["harmful validation"], ids["harmless validation"], score, batch_size, progress)
+    table = _measured(lm, table, ids["harmful validation"], ids["harmless validation"], score, batch_size, progress)
     unsteered = {kind: scores[f"{kind} validation"].mean().item() for kind in _KINDS[:2]}
     about = dict(lm.about(), recipe="refusal_direction", refusals=list(refusals))
-    tried = RefusalCandidates(table.drop(columns="direction"), torch.stack(list(table.direction)), lm.n_layers, unsteered,
+    candidates = RefusalCandidates(table.drop(columns="direction"), torch.stack(list(table.direction)), lm.n_layers, unsteered,
                               {kind: len(prompts) for kind, prompts in sets.items()}, about)
-    return tried.pick(selection)
-
-def _sorted_out(sets: dict[str, list[str]], scores: dict[str, Tensor], bound: float) -> tuple[dict, dict]:
-    kept = {kind: scores[kind] > bound if kind in _KINDS[::2] else scores[kind] < bound for kind in sets}
-    for kind, keep in kept.items():
-        if not keep.any():
-            some = "none" if kind in _KINDS[::2] else "all"
-            raise ValueError(f"The model refuses {some} of the {len(keep)} {kind} requests: no score is on the right side of {bound:g}. "
-                             f"Pass other requests, other refusals=, or selection=Selection(refused=...).")
-    used = {kind: [p for p, keep in zip(sets[kind], kept[kind].tolist(), strict=True) if keep] for kind in sets}
-    return used, {kind: scores[kind][kept[kind]] for kind in sets}
+    return candidates.pick(selection)
 
 # %% ../nbs/05_baselines.ipynb #52e720e8
 @dataclass(frozen=True)
@@ -281,6 +295,7 @@ class Prompted:
     rewrite: Callable[[str], str] = field(repr=False) # from a prompt to the one that is read
     said: str = "" # the end of the rewritten prompt that counts as the beginning of the answer
 
+# %% ../nbs/05_baselines.ipynb #27c4da08
 def prefill(
     text: str, # the first words of the answer
 ) -> Prompted:
