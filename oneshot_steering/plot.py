@@ -186,7 +186,7 @@ def plot_strengths(
 
 # %% ../nbs/14_plot.ipynb #8ee8352b
 def plot_text(
-    rates: pd.DataFrame | Mapping[str, pd.DataFrame], # `rates` of `Readable` texts, by strength; or several: label -> rates
+    rates: pd.DataFrame | Mapping[str, pd.DataFrame], # `rates` of `Readable` texts; or label -> rates
     bound: float | None = None, # perplexity at most, of the rule
     chosen: float | None = None, # strength to mark
     language: str = "Spanish", # what the texts switch to

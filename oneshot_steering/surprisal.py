@@ -95,21 +95,26 @@ def _shared(pairs: Sequence[Pair]) -> int:
     low, high = min(prompts), max(prompts) # what these two share, all share
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
+# %% ../nbs/08_surprisal.ipynb #52c6370d
 @torch.no_grad()
 def _start(lm: LM, pairs: Sequence[Pair]) -> _Start:
     "The shared beginning of pairs (shortest first), run once; nothing where that is not exact or not worth it."
     known, hooked = _shared(pairs), any(block._forward_pre_hooks or block._forward_hooks for block in lm.layers)
-    if not known or len(pairs) < 2 or hooked: return _Start()
+    if not known or len(pairs) < 2 or hooked:
+        return _Start()
     ids, mask = lm.pad([pairs[0].ids[:known]])
-    try: cache = lm.run(ids, mask, mask.sum(-1), keep=1, use_cache=True).past_key_values
-    except (AttributeError, TypeError): return _Start()
+    try:
+        cache = lm.run(ids, mask, mask.sum(-1), keep=1, use_cache=True).past_key_values
+    except (AttributeError, TypeError): # a model without such a cache
+        return _Start()
     start = _Start(known, cache)
     return start if _shares_exactly(lm, [pairs[0], pairs[-1]], start) else _Start()
 
 def _shares_exactly(lm: LM, pairs: Sequence[Pair], start: _Start) -> bool:
     beyond = bool(lm.window) and len(pairs[-1].ids) > lm.window # the sliding window is another case
     bits = lambda start: torch.cat(_read(lm, pairs, [0, 1], start))
-    return lm.verified("shared start, beyond the window" if beyond else "shared start", lambda: [(bits(start), bits(_Start()))])
+    name = "shared start, beyond the window" if beyond else "shared start"
+    return lm.verified(name, lambda: [(bits(start), bits(_Start()))])
 
 # %% ../nbs/08_surprisal.ipynb #94701ae6
 _LOGITS = 2**28 # numbers in the logits of one pass, at most: a gigabyte in fp32

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import shape
 from notebooks import NBS, ROOT, directives, notebooks, readme_text, table_by_row
 from PIL import Image
 from prose import files, rewrite
@@ -137,6 +138,25 @@ def test_markdown_has_one_sentence_a_line():
 
 def test_ruff():
     tool("ruff", "check", ".")
+
+
+@each_notebook
+def test_lines_of_code_can_be_read(name):
+    long = [line for cell in code_cells(name) for line in cell.source.splitlines() if len(line) > 140 and not line.startswith("#|")]
+    assert long == [], "lines of code have at most 140 characters, better 120"
+
+
+def test_modules_keep_to_the_order_in_which_they_are_read():
+    assert shape.circles() == []
+    assert shape.against_the_order() == []
+
+
+def test_modules_take_nothing_private_from_each_other():
+    assert shape.private_across_modules() == []
+
+
+def test_long_literals_are_files():
+    assert shape.long_literals() == [], "put data of more than thirty lines into oneshot_steering/data"
 
 
 def test_versions_agree():

@@ -148,14 +148,21 @@ def private_names(name):
     return {n for n in named if is_private(n)}
 
 
+def hooks(tree):
+    "What classes take from themselves, `self._work`: a base class may leave it to those that derive from it."
+    inside = (node for a_class in ast.walk(tree) if isinstance(a_class, ast.ClassDef) for node in ast.walk(a_class))
+    return {node for node in inside if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"}
+
+
 def private_across_modules():
     "Private names imported from another module, and private attributes that another module defines and this one does not."
     found = []
     for name, tree in modules().items():
         found += [f"{name}:{line} takes {module}.{taken}" for module, taken, _, line in imports(name) if taken and is_private(taken)]
         elsewhere = set().union(*(private_names(other) for other in modules() if other != name)) - private_names(name)
+        own = hooks(tree)
         for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr in elsewhere:
+            if isinstance(node, ast.Attribute) and node.attr in elsewhere and node not in own:
                 found.append(f"{name}:{node.lineno} uses {ast.unparse(node)}")
     return found
 
