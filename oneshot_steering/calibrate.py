@@ -44,7 +44,7 @@ def strength_curve(
     *,
     neutral: Sequence[str] = NEUTRAL_PROMPTS, # text for the side effects
     progress: bool = True, # show a bar when it takes long
-) -> pd.DataFrame: # one row a strength, in order: strength, score, kl, ratio, perplexity, dose
+) -> pd.DataFrame: # one row per strength, in order: strength, score, kl, ratio, perplexity, dose
     "Effect and damage at each strength."
     where = sorted({float(c) for c in strengths})
     if not where or not all(map(math.isfinite, where)): raise ValueError(f"strengths={list(strengths)}: give finite numbers.")
@@ -68,7 +68,7 @@ def _damage(lm: LM, steering: Steering | Steerings, strengths: Sequence[float], 
 @dataclass(frozen=True)
 class Budget:
     "How much damage to neutral text is accepted."
-    kl: float | None = None # nats a token, from the unsteered model
+    kl: float | None = None # nats per token, from the unsteered model
     ratio: float | None = None # of perplexities, steered over unsteered
 
     def __post_init__(self):
@@ -176,10 +176,10 @@ def calibrate(
     budget: Budget, # the damage accepted
     *,
     sign: int = 1, # -1 looks among negative strengths
-    evaluations: int = 8, # at most so many scores, the unsteered one included
+    evaluations: int = 8, # at most that many scores, the unsteered one included
     start: float = 1.0, # where the search for the edge of the budget begins
     most: float = 64.0, # no strength beyond this is looked at
-    tolerance: float = 0.08, # of the best strength so far: smaller gaps beside it are not looked into
+    tolerance: float = 0.08, # of the best strength so far: smaller gaps next to it are not looked into
     neutral: Sequence[str] = NEUTRAL_PROMPTS, # text for the side effects
     progress: bool = True, # show a bar when it takes long
 ) -> Calibration:

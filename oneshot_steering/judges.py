@@ -35,7 +35,7 @@ class LMJudge:
     "A judge that runs here."
     lm: LM = field(repr=False) # any model, also the one that is steered: it is asked outside the steering
     chat: bool = True # put the question into the chat template; False for a classifier whose prompt is complete
-    batch_size: int = 16 # rows a pass
+    batch_size: int = 16 # rows per pass
     floor: float = 1e-4 # probability below which a word's further tokens are not looked at
 
     def probabilities(self, questions: Sequence[str], words: Sequence[str]) -> np.ndarray:

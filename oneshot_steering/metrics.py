@@ -54,7 +54,7 @@ def rounded(
     value: float, # any number
     digits: int = 2, # after the point
 ) -> str: # as a table that pandas rounded shows it
-    "A number with so many digits, half to even, never with a minus before zero."
+    "A number with that many digits, half to even, never with a minus before zero."
     return f"{np.round(value, digits) + 0:.{digits}f}"
 
 # %% ../nbs/06_metrics.ipynb #14d65761
@@ -62,7 +62,7 @@ def perplexity(
     lm: LM, # the model that judges, as it is steered now
     prompts: Sequence[str], # what each text continues
     texts: Sequence[str], # the continuations
-    batch_size: int = 16, # rows a pass
+    batch_size: int = 16, # rows per pass
 ) -> list[float]: # one a text; nan for an empty one
     "exp(mean negative log-probability) of each text after its prompt."
     pairs = [(p, t) for p, t in zip(prompts, texts, strict=True) if t]

@@ -162,7 +162,7 @@ def geodesic(
 def total_losses(
     lm: LM, # the model
     asked: Sequence[tuple[Terms, Steering]], # problems, each with a vector
-    tokens_per_pass: int = 2048, # at most so many tokens in one pass
+    tokens_per_pass: int = 2048, # at most that many tokens in one pass
     progress: bool = True, # show a bar when it takes long
 ) -> list[float]: # nats, the summed terms of each
     "The losses of many vectors, without gradient."
@@ -189,7 +189,7 @@ def label_free_scores(
     texts: Sequence[str] = NEUTRAL_PROMPTS, # neutral text
     points: int = 3, # on the way from one vector to another
     progress: bool = True, # show a bar when it takes long
-) -> pd.DataFrame: # one row a fit; lower is better in every column
+) -> pd.DataFrame: # one row per fit; lower is better in every column
     "What can be known of vectors without labels. Needs at least two fits."
     if len(fits) != len(jobs) or len(fits) < 2: raise ValueError(f"{len(fits)} fits for {len(jobs)} jobs: give at least two, one a job.")
     own = [Terms(lm, job.examples, job.objective) for job in jobs]

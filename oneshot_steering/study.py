@@ -195,7 +195,7 @@ def claim(self: Study,
 
 # %% ../nbs/12a_study.ipynb #c7f63319
 @patch(as_prop=True)
-def claims(self: Study) -> pd.DataFrame: # one row a claim
+def claims(self: Study) -> pd.DataFrame: # one row per claim
     "Every claim so far: claim, the paper reports, we measure, holds."
     return pd.DataFrame(self._claims, columns=CLAIM_COLUMNS)
 

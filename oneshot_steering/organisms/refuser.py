@@ -53,7 +53,7 @@ class Request:
 def make_requests(
     split: str, # "train", "validation" or "test": no wish is in two
     unwanted: bool, # those to refuse, or the ordinary ones
-    n: int | None = None, # so many; all of them if None
+    n: int | None = None, # that many; all of them if None
     seed: int = 0, # of the frames and the order
 ) -> list[Request]:
     "Requests of all categories in an even mixture. Raises `ValueError` for an unknown split or too large an n."
