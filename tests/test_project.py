@@ -185,7 +185,7 @@ def test_no_file_names_a_package_registry():
 
 
 def test_one_import_gives_everything():
-    "`from oneshot_steering.all import *` has every module but the command and what other programs load."
+    "`from oneshot_steering.all import *` has every module but the command with its app, and what other programs load."
     text = (ROOT / "oneshot_steering" / "all.py").read_text()
     apart = {"__init__", "_modidx", "all", "cli", "demos", "inspect_provider"}
     here = ({p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}) - apart
