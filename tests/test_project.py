@@ -187,6 +187,6 @@ def test_no_file_names_a_package_registry():
 def test_one_import_gives_everything():
     "`from oneshot_steering.all import *` has every module but the command with its app, and what other programs load."
     text = (ROOT / "oneshot_steering" / "all.py").read_text()
-    apart = {"__init__", "_modidx", "all", "cli", "demos", "inspect_provider"}
+    apart = {"__init__", "_modidx", "all", "app", "cli", "demos", "inspect_provider"}
     here = ({p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}) - apart
     assert here == {line.split()[1].rpartition(".")[2] for line in text.splitlines() if line.startswith("from ")}
