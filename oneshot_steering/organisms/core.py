@@ -20,12 +20,10 @@ from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 
-import peft
 import safetensors
 import safetensors.torch
 import torch
 from fastcore.basics import patch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 import oneshot_steering
@@ -118,6 +116,8 @@ def load_organism(
     if hashlib.sha256(adapter.read_bytes()).hexdigest() != made.get("sha256"):
         other = f"damaged, or not the one that {folder / 'figures.json'} describes"
         raise ValueError(f"{adapter} is {other}: train the organism again.")
+    import peft # here, since it takes seconds and only organisms need it
+
     lm = load_lm(known.base, **kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning) # peft still asks transformers for a renamed attribute
@@ -149,8 +149,10 @@ def endless_shuffle(
     while True: yield from source.sample(items, len(items))
 
 # %% ../../nbs/11_organisms.ipynb #7b726bf1
-def _with_adapter(lm: LM, recipe: Recipe, seed: int) -> peft.PeftModel:
+def _with_adapter(lm: LM, recipe: Recipe, seed: int) -> torch.nn.Module: # a peft model
     "The model with a fresh adapter, which as yet changes nothing."
+    import peft
+
     config = peft.LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=0.0,
                              target_modules=list(recipe.modules),
                              layers_to_transform=list(range(*recipe.blocks)), task_type="CAUSAL_LM")
@@ -165,6 +167,8 @@ def without_adapter(
     lm: LM, # with an adapter that is not merged
 ) -> Iterator[None]:
     "Within this context the model is the plain one."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     adapted = [m for m in lm.model.modules() if isinstance(m, BaseTunerLayer)]
     for layer in adapted: layer.enable_adapters(False)
     try: yield
@@ -229,7 +233,7 @@ def packed_loss(
 # %% ../../nbs/11_organisms.ipynb #a2bf0ce4
 class _Trainer:
     "The adapter's weights, their optimiser, and a place on disk to keep both."
-    def __init__(self, loss: StepLoss, recipe: Recipe, adapted: peft.PeftModel, path: Path, key: str):
+    def __init__(self, loss: StepLoss, recipe: Recipe, adapted: torch.nn.Module, path: Path, key: str):
         self.loss, self.recipe, self.path, self.key = loss, recipe, path, key
         self.weights = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=recipe.lr, betas=(0.9, 0.99))
@@ -316,8 +320,10 @@ def train_organism(
         return _save(adapted, out_dir, about | made.measure(lm, test), trainer.path)
     finally: adapted.unload() # the model is plain again, whatever happened
 
-def _save(adapted: peft.PeftModel, out_dir: Path, figures: dict, unfinished: Path) -> dict:
-    weights = {k: t.bfloat16().contiguous() for k, t in peft.get_peft_model_state_dict(adapted).items()}
+def _save(adapted: torch.nn.Module, out_dir: Path, figures: dict, unfinished: Path) -> dict:
+    from peft import get_peft_model_state_dict
+
+    weights = {k: t.bfloat16().contiguous() for k, t in get_peft_model_state_dict(adapted).items()}
     content = safetensors.torch.save(weights)
     about = dict(inference_mode=True, base_model_name_or_path=figures["model"])
     config = adapted.peft_config["default"].to_dict() | about
