@@ -91,6 +91,7 @@ def _build(self: OptimizerPanel, form: _FormState, path: str) -> None:
     begin, end = row(*(buttons[label] for label in ("Optimise", "Stop", "Close"))), row(self.path, buttons["Save"])
     self.box = framed("panel", *self._build_fields(form), self.dose, begin, self.alert, self.status, self.plot, self.result, end)
 
+# %% ../nbs/15b_panel.ipynb #2f96b5b6
 @patch
 def _build_fields(self: OptimizerPanel, form: _FormState) -> list:
     last = self.lm.n_layers - 1
@@ -122,6 +123,7 @@ def stop(self: OptimizerPanel, button: object = None) -> None:
     "End within a step, and keep the best vector so far."
     self._stopping.set()
 
+# %% ../nbs/15b_panel.ipynb #4b9ff2e0
 @patch
 def save(self: OptimizerPanel, button: object = None) -> None:
     "Write the vector as the slider shows it."

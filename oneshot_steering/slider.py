@@ -163,8 +163,8 @@ def _build(self: SliderApp, prompts: list[str]) -> None:
     W, sampling = ipywidgets_module(), self.options.sampling
     self.sliders, self.layers, self.modes = [], [], []
     choices = [(f"{i + 1}. {on_one_line(p)}", p) for i, p in enumerate(prompts)]
-    self.picker = labelled("Dropdown", "picker", "prompts", "wide", options=choices)
-    self.prompt = labelled("Textarea", "prompt", "prompt", value=prompts[0], rows=2)
+    self.picker = labelled("Dropdown", "picker", "choose a prompt", "wide", options=choices)
+    self.prompt = labelled("Textarea", "prompt", "or write one", value=prompts[0], rows=2)
     temperature, length = dict(value=sampling.temperature, max=5.0), dict(value=sampling.max_new_tokens, min=1)
     self.temperature = labelled("BoundedFloatText", "temperature", "temperature", "narrow", step=0.1, **temperature)
     self.length = labelled("BoundedIntText", "length", "tokens at most", "narrow", max=1000, **length)

@@ -46,7 +46,7 @@ def pictured(address):
         page.wait_for_selector(".oneshot-slider .oneshot-status [data-state=done]")
         page.wait_for_timeout(1000)
         legend = page.locator(".oneshot-slider .oneshot-legend").first.bounding_box()
-        png = page.screenshot(clip=dict(x=0, y=0, width=1040, height=legend["y"] + legend["height"] + 22))
+        png = page.screenshot(clip=dict(x=0, y=0, width=1040, height=legend["y"] + legend["height"] + 12))
         browser.close()
     return png
 
@@ -59,7 +59,7 @@ def main():
         finally:
             server.terminate()
             server.wait(30)
-    image = Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    image = Image.open(io.BytesIO(png)).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     PICTURE.parent.mkdir(exist_ok=True)
     image.save(PICTURE, optimize=True)
     print(f"{PICTURE}: {image.width} x {image.height} pixels, {PICTURE.stat().st_size / 1000:.0f} kB")
