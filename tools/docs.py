@@ -113,11 +113,16 @@ def show_output(output, alt):
     return data.get("text/html", f"<pre><code>{plain}</code></pre>").replace(' border="1"', "")
 
 
+def linked(text):
+    "Markdown whose links to notebooks and documents lead to their pages."
+    text = re.sub(r"(\]\([\w./-]+)\.ipynb", r"\1.md", text)
+    return re.sub(rf"\]\(\.\./((?:\.\./)*)({'|'.join(Path(name).stem for name in DOCUMENTS)})(?:\.md)?", r"](\1\2.md", text)
+
+
 def show(cell, heading):
     "A cell as Markdown. Outputs are put in later, so that nothing in them is taken for Markdown."
     if cell.cell_type == "markdown":
-        text = re.sub(r"(\]\([\w./-]+)\.ipynb", r"\1.md", cell.source)
-        return re.sub(rf"\]\(\.\./((?:\.\./)*)({'|'.join(Path(name).stem for name in DOCUMENTS)})(?:\.md)?", r"](\1\2.md", text)
+        return linked(cell.source)
     flags = directives(cell)
     if flags & HIDDEN or any(flag.startswith("default_exp") for flag in flags):
         return ""
@@ -128,6 +133,9 @@ def show(cell, heading):
     alt = next((flag.partition(":")[2].strip() for flag in flags if flag.startswith("fig-alt:")), f"Figure of the section {heading}")
     shown = [] if "echo: false" in flags else [fenced(code)]
     for output in cell.outputs:
+        if "text/markdown" in output.get("data", {}):  # prose that a cell wrote, from figures
+            shown.append(linked(output.data["text/markdown"]))
+            continue
         displays.append(show_output(output, alt))
         focus = ' tabindex="0"' if "<table" in displays[-1] else ""  # a wide table scrolls, with the keyboard too
         shown.append(f'<div class="output"{focus} id="output-{len(displays) - 1}"></div>')
@@ -159,6 +167,20 @@ def show_names():
     return "\n".join(lines)
 
 
+def show_notebooks(placed):
+    "The list of all notebooks: title and purpose, as each of them says it."
+    opening = "They are the source of everything. Newcomers begin with the quickstart; the reference is in reading order."
+    lines = ["# All notebooks", "", opening]
+    for section in SECTIONS:
+        lines += [f"\n## {section}\n", "| notebook | what it explains |", "|---|---|"]
+        for path in [path for path in notebooks() if placed.get(home(path)) == section and path.stem != "index"]:
+            opening = read(path).cells[0].source
+            title, purpose = re.search(r"^# (.+)", opening, re.MULTILINE), re.search(r"^> (.+)", opening, re.MULTILINE)
+            purpose = linked(purpose[1]).replace("|", chr(92) + "|") if purpose else ""
+            lines.append(f"| [{path.stem}]({home(path)}): {title[1]} | {purpose} |")
+    return "\n".join(lines)
+
+
 def on_files(files, config):
     "The notebooks' pages in the order of the book, in place of the notebooks."
     for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
@@ -173,6 +195,9 @@ def on_files(files, config):
     for section, patterns in SECTIONS.items():
         for path in [path for pattern in patterns for path in sorted(NBS.glob(pattern))]:
             placed.setdefault(home(path), section)
+    placed["notebooks.md"] = "Start"
+    pages["notebooks.md"] = show_notebooks(placed)
+    files.append(File.generated(config, "notebooks.md", content=pages["notebooks.md"]))
     placed |= {"names.md": "Reference"} | {uri: "Project" for uri in pages if uri not in placed and uri != "names.md"}
     config.nav = [{name: [uri for uri, section in placed.items() if section == name]} for name in [*SECTIONS, "Project"]]
     return files

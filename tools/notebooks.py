@@ -44,8 +44,11 @@ def readme_text():
     nb = nbformat.read(NBS / "index.ipynb", as_version=4)
     nb.metadata.language_info = {"name": "python"}
     nb.cells = [cell for cell in nb.cells if not directives(cell) & {"hide", "include: false"}]
-    for cell in nb.cells:
-        if cell.cell_type == "code":
+    for number, cell in enumerate(nb.cells):
+        if "echo: false" in directives(cell):  # only its output is shown, which is Markdown
+            text = "\n\n".join("".join(output.data["text/markdown"]) for output in cell.outputs)
+            nb.cells[number] = nbformat.v4.new_markdown_cell(text)
+        elif cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n", "", cell.source, flags=re.MULTILINE)
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get("outputs"):
