@@ -58,7 +58,6 @@ class Study:
     def __repr__(self) -> str: return f"Study({self.name} at {self.scale} scale)"
 
 def _flat(name: str, groups: Sequence) -> dict[str, Any]: # the settings of all groups of one scale
-    if isinstance(groups, Mapping): return dict(groups)
     pairs = [(f.name, getattr(group, f.name)) for group in groups for f in fields(group)]
     if len(dict(pairs)) < len(pairs): raise ValueError(f"{name}: two groups of settings have a field of the same name.")
     return dict(pairs)
