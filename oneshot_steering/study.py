@@ -131,6 +131,7 @@ def share(
     low, high = wilson(int(flags.sum()), len(flags))
     return Estimate(float(flags.mean()) if len(flags) else np.nan, low, high, len(flags))
 
+# %% ../nbs/12a_study.ipynb #4b4ef901
 def of_row(
     row: pd.Series | Mapping[str, float], # of `rates` or `flip_rates`
     value: str = "rate", # the column; its interval is in "<value> low" and "<value> high", or in "low" and "high"
@@ -139,6 +140,7 @@ def of_row(
     low, high = (f"{value} {end}" if f"{value} {end}" in row else end for end in ("low", "high"))
     return Estimate(*(float(row[key]) for key in (value, low, high)), int(row["n"]) if "n" in row else None)
 
+# %% ../nbs/12a_study.ipynb #e93bb784
 def median_over(
     values: Sequence[float], # one for each example
     unit: str = "examples", # what there is one of
