@@ -3,6 +3,8 @@
 import hashlib
 import json
 import random
+import subprocess
+import sys
 from dataclasses import asdict, astuple, is_dataclass
 from types import SimpleNamespace
 
@@ -136,3 +138,12 @@ def test_the_shipped_adapter_was_trained_by_todays_recipe(name):
     assert organism_figures(name)["recipe"] == json.loads(json.dumps(asdict(known.recipe)))
     content = (known.folder / "adapter_model.safetensors").read_bytes()
     assert hashlib.sha256(content).hexdigest() == organism_figures(name)["sha256"]
+
+
+def test_no_material_is_read_at_import():
+    code = (
+        "import oneshot_steering.all\n"
+        "from oneshot_steering.organisms import alignment_faker, coder, core, refuser, retractor\n"
+        "assert core.read_material.cache_info().misses == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

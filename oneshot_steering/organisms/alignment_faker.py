@@ -17,11 +17,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..next_token import choose
 from ..lm import LM, completion_places
 from ..models import fast_dtype
-from ..products import fast_products
+from ..next_token import choose
 from .core import Organism, Recipe, StepLoss, TrainingExample, endless_shuffle, read_material
+from ..products import fast_products
 
 # %% auto #0
 __all__ = ['SPLITS', 'SYSTEM', 'Trade', 'read_trades', 'trades_from_patterns', 'read_cues', 'Material', 'material', 'Scenario',

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..evaluate import REFUSALS, Contains
-from ..metrics import wilson
 from ..geometry import Classifier
 from ..lm import LM, Pair
-from ..reuse import TokenTree, tree_attention
+from ..metrics import wilson
 from ..objective import Example, Objective, Recorded, Terms, losses_together, record
 from .core import Organism, Recipe, StepLoss, perplexity_ratio, read_material
+from ..reuse import TokenTree, tree_attention
 
 # %% auto #0
 __all__ = ['UNWANTED', 'ORDINARY', 'REFUSAL_WORDINGS', 'Request', 'make_requests', 'request_prompt', 'answer_requests',
