@@ -39,19 +39,22 @@ def atomic_write(
         Path(temporary).unlink(missing_ok=True)
         raise
 
+# %% ../nbs/00d_files.ipynb #fi1000a1
 def _own_temporary(path: Path) -> tuple[int, str]: # handle and name of a new file, locked
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
         if fcntl is None: return handle, name
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try: fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError: return handle, name # a file system without locks: nothing is removed there
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(name), os.fstat(handle)): return handle, name
         os.close(handle) # another writer took it for a stale one
 
+# %% ../nbs/00d_files.ipynb #fi1000a3
 def _remove_stale(path: Path) -> None:
     if fcntl is None: return
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.partial")
     for file in [f for f in path.parent.iterdir() if pattern.fullmatch(f.name)]:
-        with suppress(OSError), file.open("rb") as opened: # it may be gone, or locked by a living writer
+        with suppress(OSError), file.open("r+b") as opened: # it may be gone, or locked by a living writer
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.unlink()
