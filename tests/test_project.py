@@ -142,7 +142,8 @@ def test_ruff():
 
 @each_notebook
 def test_lines_of_code_can_be_read(name):
-    long = [line for cell in code_cells(name) for line in cell.source.splitlines() if len(line) > 140 and not line.startswith("#|")]
+    lines = [line for cell in code_cells(name) if "Markdown(" not in cell.source for line in cell.source.splitlines()]
+    long = [line for line in lines if len(line) > 140 and not line.startswith("#|")]  # sentences are as long as they are
     assert long == [], "lines of code have at most 140 characters, better 120"
 
 
