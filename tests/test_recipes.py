@@ -6,7 +6,7 @@ import torch
 from oneshot_steering.models import tiny_lm
 from oneshot_steering.objective import Example, Objective, Shift, Terms, record_text
 from oneshot_steering.optimize import Job, Stop, optimize_many
-from oneshot_steering.recipes import geodesic, label_free_scores, likeliest, match_reference, melbo, reentrant, satisfice_to
+from oneshot_steering.recipes import beam_search, geodesic, label_free_scores, match_reference, melbo, reentrant, satisfice_to
 from oneshot_steering.steering import Steering
 
 
@@ -20,7 +20,7 @@ def test_the_likeliest_continuation_beats_the_greedy_one(architecture):
     lm.model.generation_config.eos_token_id = None
     ids = lm.encode("the other")
     greedy = [step[0] for step in lm.decode_steps([ids], 3)]
-    beam = likeliest(lm, "the other", tokens=3, beams=30)
+    beam = beam_search(lm, "the other", tokens=3, beams=30)
     assert lm.encode_pair("the other", beam).completion and "\ufffd" not in beam
     assert log_prob(lm, "the other", beam) >= log_prob(lm, "the other", lm.decode(greedy)) - 1e-4
 
@@ -47,7 +47,7 @@ def test_reentrant_steering_learns_what_the_forced_model_says(architecture):
     assert not early.vector.any() and early.mode == "affine" and early.layers == (1,)
     with lm.steer(early):
         said = [step[0] for step in lm.decode_steps([lm.encode("the other")], 4)]
-    assert list(found.said.pair.completion) == [t for t in said if t is not None]
+    assert list(found.recorded.pair.completion) == [t for t in said if t is not None]
     assert found.steering.mode == "clamp" and found.steering.layers == (3,)
     assert found.late.loss < 0.7 * found.late.losses[0].sum()
     with pytest.raises(ValueError, match="must be above the early layer"):
