@@ -58,12 +58,14 @@ def states_of(
     return torch.cat(means)
 
 def _tokens(lm: LM, text: str | tuple[str, str]) -> Pair:
-    if not isinstance(text, str): return lm.encode_pair(*text)
+    if not isinstance(text, str):
+        return lm.encode_pair(*text)
     ids = lm.encode(text)
     return Pair(tuple(ids), len(ids))
 
 def _check_chosen(rule: int | str, positions: int | Positions, texts: Sequence, pairs: Sequence[Pair]) -> None:
-    if not pairs: raise ValueError("No texts were given.")
+    if not pairs:
+        raise ValueError("No texts were given.")
     for text, pair in zip(texts, pairs, strict=True):
         if not chosen_tokens(rule, torch.ones(1, len(pair.ids), dtype=torch.bool), torch.tensor([pair.boundary])).any():
             raise ValueError(f"positions={positions!r} selects no token of {text!r}, which has {len(pair.ids)} tokens.")
@@ -84,8 +86,15 @@ def caa(
     differences = _differences(lm, positive, negative, layer, positions, batch_size, progress)
     return _vector(lm, differences.mean(0), layer, norm, recipe="caa", pairs=len(positive), read_at=str(positions))
 
-def _differences(lm: LM, positive: Sequence, negative: Sequence, layer: int, positions: int | Positions, batch_size: int, progress: bool
-                 ) -> Tensor: # [pairs, d_model]
+def _differences(
+    lm: LM,
+    positive: Sequence,
+    negative: Sequence,
+    layer: int,
+    positions: int | Positions,
+    batch_size: int,
+    progress: bool,
+) -> Tensor: # [pairs, d_model]
     if len(positive) != len(negative) or not positive:
         raise ValueError(f"{len(positive)} positive and {len(negative)} negative texts: give pairs, at least one.")
     states = states_of(lm, [*positive, *negative], layer, positions, batch_size, progress)
@@ -93,7 +102,8 @@ def _differences(lm: LM, positive: Sequence, negative: Sequence, layer: int, pos
 
 def _vector(lm: LM, direction: Tensor, layer: int, norm: float | None, **about) -> Steering:
     length = direction.norm()
-    if not length > 0: raise ValueError(f"The two kinds of text have the same states at layer {layer}; read another token or layer.")
+    if not length > 0:
+        raise ValueError(f"The two kinds of text have the same states at layer {layer}; read another token or layer.")
     return Steering(direction if norm is None else direction * (norm / length), layer, about=lm.about() | about)
 
 # %% ../nbs/05_baselines.ipynb #98537238
@@ -110,7 +120,8 @@ def pca_direction(
 ) -> Steering: # adds the vector at every token
     "The first principal component, uncentred, of the differences of pairs (Zou et al., 2023); positives project higher on it."
     differences = _differences(lm, positive, negative, layer, positions, batch_size, progress)
-    direction = torch.linalg.svd(differences, full_matrices=False).Vh[0] * differences.any() # zero where there is no difference
+    # zero where there is no difference
+    direction = torch.linalg.svd(differences, full_matrices=False).Vh[0] * differences.any()
     direction = direction if (differences @ direction).mean() >= 0 else -direction
     return _vector(lm, direction, layer, norm, recipe="pca_direction", pairs=len(positive), read_at=str(positions))
 
@@ -131,24 +142,38 @@ def random_like(
 # %% ../nbs/05_baselines.ipynb #02160e45
 _MARKER = "MARKER-FOR-THE-USER"
 
-def _frame(lm: LM, system: str | None) -> tuple[str, str]: # what a prompt of `lm.chat(user)` has before and after the user's text
+def _frame(
+    lm: LM, system: str | None
+) -> tuple[str, str]: # what a prompt of `lm.chat(user)` has before and after the user's text
     parts = lm.chat(_MARKER, system=system).split(_MARKER)
-    if len(parts) != 2: raise ValueError(f"The chat template of {lm.name} writes the user's text {len(parts) - 1} times, not once.")
+    if len(parts) != 2:
+        raise ValueError(f"The chat template of {lm.name} writes the user's text {len(parts) - 1} times, not once.")
     return parts[0], parts[1]
 
 # %% ../nbs/05_baselines.ipynb #050cab98
-def _shared_end(lm: LM, prompts: Sequence[Sequence[int]], after: str) -> int: # tokens of the template at the end of all prompts
+def _shared_end(
+    lm: LM, prompts: Sequence[Sequence[int]], after: str
+) -> int: # tokens of the template at the end of all prompts
     end, count = lm.tok(after, add_special_tokens=False).input_ids, 0
-    while count < len(end) and all(len(ids) > count and ids[-1 - count] == end[-1 - count] for ids in prompts): count += 1
-    if not count: raise ValueError(f"The prompts do not end with the same tokens as the template of {lm.name}; pass positions=, e.g. 1.")
+    while count < len(end) and all(len(ids) > count and ids[-1 - count] == end[-1 - count] for ids in prompts):
+        count += 1
+    if not count:
+        raise ValueError(
+            f"The prompts do not end with the same tokens as the template of {lm.name}; pass positions=, e.g. 1."
+        )
     return count
 
 # %% ../nbs/05_baselines.ipynb #731b7070
 @torch.no_grad()
-def _mean_states(lm: LM, prompts: Sequence[Sequence[int]], layers: Sequence[int], count: int, batch_size: int) -> Tensor:
+def _mean_states(
+    lm: LM, prompts: Sequence[Sequence[int]], layers: Sequence[int], count: int, batch_size: int
+) -> Tensor:
     "The mean over prompts of the stream at the last `count` tokens, entering each of the layers: [layers, count, d_model] in fp64."
     total, last = torch.zeros(len(layers), count, lm.d_model, dtype=torch.float64), None
-    def sums(args: tuple, kwargs: dict) -> Tensor: return block_input(args, kwargs)[last].float().cpu().double().sum(0)
+
+    def sums(args: tuple, kwargs: dict) -> Tensor:
+        return block_input(args, kwargs)[last].float().cpu().double().sum(0)
+
     with lm.watching(*layers, keep=sums) as streams:
         for start in range(0, len(prompts), batch_size):
             ids, mask = lm.pad(prompts[start:start + batch_size])
@@ -159,33 +184,52 @@ def _mean_states(lm: LM, prompts: Sequence[Sequence[int]], layers: Sequence[int]
     return total / len(prompts)
 
 # %% ../nbs/05_baselines.ipynb #406ba941
-def _candidates(lm: LM, harmful: Sequence, harmless: Sequence, layers: Sequence[int], count: int, batch_size: int) -> pd.DataFrame:
+def _candidates(
+    lm: LM, harmful: Sequence, harmless: Sequence, layers: Sequence[int], count: int, batch_size: int
+) -> pd.DataFrame:
     bad, good = (_mean_states(lm, prompts, layers, count, batch_size) for prompts in (harmful, harmless))
     difference, tokens = bad - good, [lm.decode([t]) for t in harmless[0][-count:]]
     differs = difference.norm(dim=-1) > 1e-6 * good.norm(dim=-1)
-    rows = [dict(layer=layer, position=i - count, token=tokens[i], norm=d.norm().item(), direction=d.float())
-            for slot, layer in enumerate(layers) for i, d in enumerate(difference[slot]) if differs[slot, i]]
-    if not rows: raise ValueError(f"At layers {list(layers)} the states do not depend on the request; give higher ones.")
+    rows = [
+        dict(layer=layer, position=i - count, token=tokens[i], norm=d.norm().item(), direction=d.float())
+        for slot, layer in enumerate(layers)
+        for i, d in enumerate(difference[slot])
+        if differs[slot, i]
+    ]
+    if not rows:
+        raise ValueError(f"At layers {list(layers)} the states do not depend on the request; give higher ones.")
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_baselines.ipynb #3ac26f23
-def _measured(lm: LM, table: pd.DataFrame, harmful: Sequence, harmless: Sequence, score: Callable, batch_size: int,
-              progress: bool) -> pd.DataFrame: # the candidates with their three numbers
+def _measured(
+    lm: LM, table: pd.DataFrame, harmful: Sequence, harmless: Sequence, score: Callable, batch_size: int, progress: bool
+) -> pd.DataFrame: # the candidates with their three numbers
     ablating = [Steering(d, range(lm.n_layers), mode="ablate") for d in table.direction]
     divergence = _divergence_from_unsteered(lm, harmless, batch_size)
     with Progress(len(table) * (len(harmful) + 2 * len(harmless)), "refusal directions", "row", shown=progress) as bar:
         ablated = measure_next_tokens(lm, harmful, ablating, score, batch_size, bar)
         kl = measure_next_tokens(lm, harmless, ablating, divergence, batch_size, bar)
-        induced = [measure_next_tokens(lm, harmless, [Steering(d, layer) for d in part.direction], score, batch_size, bar)
-                   for layer, part in table.groupby("layer", sort=False)]
-    return table.assign(ablated=ablated.mean(1).tolist(), kl=kl.mean(1).tolist(), induced=torch.cat(induced).mean(1).tolist())
+        induced = [
+            measure_next_tokens(lm, harmless, [Steering(d, layer) for d in part.direction], score, batch_size, bar)
+            for layer, part in table.groupby("layer", sort=False)
+        ]
+    return table.assign(
+        ablated=ablated.mean(1).tolist(), kl=kl.mean(1).tolist(), induced=torch.cat(induced).mean(1).tolist()
+    )
 
-def _divergence_from_unsteered(lm: LM, prompts: Sequence[Sequence[int]], batch_size: int) -> Callable[[Tensor, Tensor], Tensor]:
-    plain = {p: z for _, prompt, logits in next_token_logits(lm, prompts, [None], batch_size)
-             for p, z in zip(prompt.tolist(), logits.log_softmax(-1), strict=True)}
+def _divergence_from_unsteered(
+    lm: LM, prompts: Sequence[Sequence[int]], batch_size: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    plain = {
+        p: z
+        for _, prompt, logits in next_token_logits(lm, prompts, [None], batch_size)
+        for p, z in zip(prompt.tolist(), logits.log_softmax(-1), strict=True)
+    }
+
     def divergence(logits: Tensor, prompt: Tensor) -> Tensor: # [rows] in nats
         before = torch.stack([plain[p] for p in prompt.tolist()])
         return (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
+
     return divergence
 
 # %% ../nbs/05_baselines.ipynb #78a61e91
@@ -201,6 +245,7 @@ class Selection:
 @dataclass(frozen=True, eq=False)
 class RefusalDirection:
     "One direction in its two uses, and how it was chosen."
+
     ablating: Steering # removes it at the input of every block
     adding: Steering # adds the difference at its own layer; negate it to subtract
     candidates: pd.DataFrame # one row per candidate: layer, position, token, norm, ablated, kl, induced, picked
@@ -210,6 +255,7 @@ class RefusalDirection:
 @dataclass(frozen=True, eq=False)
 class RefusalCandidates:
     "All directions that were tried, to pick one from."
+
     table: pd.DataFrame # one row per candidate: layer, position, token, norm, ablated, kl, induced
     directions: Tensor # [candidates, d_model]
     n_layers: int # blocks of the model
@@ -217,24 +263,34 @@ class RefusalCandidates:
     requests: dict[str, int] # as in `RefusalDirection`
     about: dict # of the model and the requests
 
-    def pick(self,
+    def pick(
+        self,
         selection: Selection = Selection(), # its bounds on KL and on the induced score
     ) -> RefusalDirection:
         "The candidate that removes refusing most within the bounds. Raises `NoDirection` if there is none."
         gentle, induces = self.table.kl <= selection.kl, self.table.induced > selection.induced
         if not (gentle & induces).any():
             counts = f"KL <= {selection.kl:g} holds for {gentle.sum()}, an induced score > {selection.induced:g} for {induces.sum()}"
-            raise NoDirection(f"Of {len(self.table)} candidates none may be picked: {counts}, both for none. Look at this error's "
-                              ".candidates.table, and take one with .candidates.pick(Selection(kl=..., induced=...)).", self)
+            raise NoDirection(
+                f"Of {len(self.table)} candidates none may be picked: {counts}, both for none. Look at this error's "
+                ".candidates.table, and take one with .candidates.pick(Selection(kl=..., induced=...)).",
+                self,
+            )
         best = int(self.table.ablated[gentle & induces].idxmin())
         row, vector = self.table.loc[best], self.directions[best]
         layer, about = int(row.layer), self.about | {name: float(row[name]) for name in ("ablated", "kl", "induced")}
         about |= dict(layer=layer, position=int(row.position))
-        return RefusalDirection(Steering(vector, range(self.n_layers), mode="ablate", about=about), Steering(vector, layer, about=about),
-                                self.table.assign(picked=self.table.index == best), self.unsteered, self.requests)
+        return RefusalDirection(
+            Steering(vector, range(self.n_layers), mode="ablate", about=about),
+            Steering(vector, layer, about=about),
+            self.table.assign(picked=self.table.index == best),
+            self.unsteered,
+            self.requests,
+        )
 
 class NoDirection(ValueError):
     "No candidate may be picked; `.candidates` has all that were tried."
+
     def __init__(self, message: str, candidates: RefusalCandidates):
         super().__init__(message)
         self.candidates = candidates
@@ -247,8 +303,10 @@ def _informative(sets: dict[str, list[str]], scores: dict[str, Tensor], bound: f
     for kind, keep in kept.items():
         if not keep.any():
             how_many = "none" if kind in _KINDS[::2] else "all"
-            raise ValueError(f"The model refuses {how_many} of the {len(keep)} {kind} requests: no score is on the right side of "
-                             f"{bound:g}. Pass other requests, other refusals=, or selection=Selection(refused=...).")
+            raise ValueError(
+                f"The model refuses {how_many} of the {len(keep)} {kind} requests: no score is on the right side of "
+                f"{bound:g}. Pass other requests, other refusals=, or selection=Selection(refused=...)."
+            )
     used = {kind: [p for p, keep in zip(sets[kind], kept[kind].tolist(), strict=True) if keep] for kind in sets}
     return used, {kind: scores[kind][kept[kind]] for kind in sets}
 
@@ -268,24 +326,35 @@ def refusal_direction(
     progress: bool = True, # show a bar when it takes long
 ) -> RefusalDirection:
     "The difference in means that removes refusing most, among those that do little harm (Arditi et al., 2024)."
-    layers = range(int(selection.depth * lm.n_layers)) if layers is None else sorted({lm.check_layer(i) for i in layers})
-    sets = dict(zip(_KINDS, ([lm.chat(r, system=system) for r in group] for group in (harmful, harmless, *validation)), strict=True))
-    if empty := [kind for kind, prompts in sets.items() if not prompts]: raise ValueError(f"There are no {empty[0]} requests.")
+    if layers is None: layers = range(int(selection.depth * lm.n_layers))
+    else: layers = sorted({lm.check_layer(i) for i in layers})
+    requests = dict(zip(_KINDS, (harmful, harmless, *validation), strict=True))
+    sets = {kind: [lm.chat(request, system=system) for request in group] for kind, group in requests.items()}
+    if empty := [kind for kind, prompts in sets.items() if not prompts]:
+        raise ValueError(f"There are no {empty[0]} requests.")
     tokens = refusal_tokens(lm, sets["harmful"][0], refusals)
     score = lambda logits, prompt: log_odds(logits, tokens)
     scores = {kind: refusal_scores(lm, prompts, refusals, batch_size, progress) for kind, prompts in sets.items()}
-    if selection.refused is not None: sets, scores = _informative(sets, scores, selection.refused)
+    if selection.refused is not None:
+        sets, scores = _informative(sets, scores, selection.refused)
     ids = {kind: [lm.encode(p) for p in prompts] for kind, prompts in sets.items()}
     everything = [prompt for group in ids.values() for prompt in group]
     count = _shared_end(lm, everything, _frame(lm, system)[1]) if positions is None else positions
     shortest = min(map(len, everything))
-    if not 1 <= count <= shortest: raise ValueError(f"positions={count}: the shortest prompt has {shortest} tokens; take 1 to {shortest}.")
+    if not 1 <= count <= shortest:
+        raise ValueError(f"positions={count}: the shortest prompt has {shortest} tokens; take 1 to {shortest}.")
     table = _candidates(lm, ids["harmful"], ids["harmless"], layers, count, batch_size)
     table = _measured(lm, table, ids["harmful validation"], ids["harmless validation"], score, batch_size, progress)
     unsteered = {kind: scores[f"{kind} validation"].mean().item() for kind in _KINDS[:2]}
     about = dict(lm.about(), recipe="refusal_direction", refusals=list(refusals))
-    candidates = RefusalCandidates(table.drop(columns="direction"), torch.stack(list(table.direction)), lm.n_layers, unsteered,
-                              {kind: len(prompts) for kind, prompts in sets.items()}, about)
+    candidates = RefusalCandidates(
+        table.drop(columns="direction"),
+        torch.stack(list(table.direction)),
+        lm.n_layers,
+        unsteered,
+        {kind: len(prompts) for kind, prompts in sets.items()},
+        about,
+    )
     return candidates.pick(selection)
 
 # %% ../nbs/05_baselines.ipynb #52e720e8
@@ -310,16 +379,26 @@ def few_shot(
     system: str | None = None, # the system message of the prompts to come; the template's own default if None
 ) -> Prompted: # for prompts of `lm.chat(user, system=system)`, with or without a prefill
     "Put turns of conversation in front of a prompt."
-    pair = lambda turn: not isinstance(turn, str) and len(turn) == 2 and all(isinstance(text, str) and text for text in turn)
+    pair = lambda turn: (
+        not isinstance(turn, str) and len(turn) == 2 and all(isinstance(text, str) and text for text in turn)
+    )
     if not turns or not all(map(pair, turns)):
-        raise ValueError("Give at least one turn, each a pair of texts: what the user said and what the assistant answered.")
+        raise ValueError(
+            "Give at least one turn, each a pair of texts: what the user said and what the assistant answered."
+        )
     before, after = _frame(lm, system)
-    earlier = [dict(role=role, content=text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+    earlier = [
+        dict(role=role, content=text) for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
     def rewrite(prompt: str) -> str:
         rest = prompt.removeprefix(before)
         if not prompt.startswith(before) or after not in rest:
-            raise ValueError(f"Not a prompt of this model's lm.chat(user, system={system!r}): expected {before[-40:]!r}, a text and "
-                             f"{after!r} in {prompt[:80]!r}. If the prompts have another system message, pass it to few_shot.")
+            raise ValueError(
+                f"Not a prompt of this model's lm.chat(user, system={system!r}): expected {before[-40:]!r}, a text and "
+                f"{after!r} in {prompt[:80]!r}. If the prompts have another system message, pass it to few_shot."
+            )
         user, _, begun = (rest.removesuffix(after), after, "") if rest.endswith(after) else rest.partition(after)
         return lm.chat([*earlier, dict(role="user", content=user)], system=system) + begun
+
     return Prompted(rewrite)

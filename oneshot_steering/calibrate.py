@@ -23,16 +23,22 @@ Score = Callable[[LM], float] # called with the model while it is steered
 
 def mean_score(
     prompts: Sequence[str], # to be answered
-    scorer: Scorer, # gives one value an answer, as in `compare`
+    scorer: Scorer, # gives one value per answer, as in `compare`
     questions: Sequence[str] | None = None, # what the scorer is told was asked; the prompts if None
     **generation, # for `lm.generate`
 ) -> Score:
     "The mean of a scorer's values over the answers to some prompts; values that are not there do not count."
+
     def score(lm: LM) -> float:
-        if hasattr(scorer, "under"): values: Values = scorer.under(lm, prompts)
-        else: values = scorer(list(questions or prompts), lm.generate(list(prompts), **{"batch_size": len(prompts)} | generation))
+        if hasattr(scorer, "under"):
+            values: Values = scorer.under(lm, prompts)
+        else:
+            values = scorer(
+                list(questions or prompts), lm.generate(list(prompts), **{"batch_size": len(prompts)} | generation)
+            )
         known = [float(v) for v in values if v is not None and not math.isnan(v)]
         return sum(known) / len(known) if known else math.nan
+
     return score
 
 # %% ../nbs/07_calibrate.ipynb #b8b92b01
@@ -46,18 +52,20 @@ def strength_curve(
     progress: bool = True, # show a bar when it takes long
 ) -> pd.DataFrame: # one row per strength, in order: strength, score, kl, ratio, perplexity, dose
     "Effect and damage at each strength."
-    where = sorted({float(c) for c in strengths})
-    if not where or not all(map(math.isfinite, where)): raise ValueError(f"strengths={list(strengths)}: give finite numbers.")
-    damage = _damage(lm, steering, where, neutral)
-    with Progress(len(where), "strengths", "strength", shown=progress) as bar:
+    ordered = sorted({float(c) for c in strengths})
+    if not ordered or not all(map(math.isfinite, ordered)):
+        raise ValueError(f"strengths={list(strengths)}: give finite numbers.")
+    damage = _damage(lm, steering, ordered, neutral)
+    with Progress(len(ordered), "strengths", "strength", shown=progress) as bar:
         scores = []
-        for strength in where:
+        for strength in ordered:
             scores.append(_scored(lm, steering, strength, score))
             bar.update()
     return damage.assign(score=scores)[["strength", "score", "kl", "ratio", "perplexity", "dose"]]
 
 def _scored(lm: LM, steering: Steering | Steerings, strength: float, score: Score) -> float:
-    with lm.steer(*(() if strength == 0 else (strength * steering,))): return float(score(lm))
+    with lm.steer(*(() if strength == 0 else (strength * steering,))):
+        return float(score(lm))
 
 def _damage(lm: LM, steering: Steering | Steerings, strengths: Sequence[float], neutral: Sequence[str]) -> pd.DataFrame:
     table = side_effects(lm, [None, *(c * steering if c else None for c in strengths)], neutral, progress=False)
@@ -68,39 +76,34 @@ def _damage(lm: LM, steering: Steering | Steerings, strengths: Sequence[float], 
 @dataclass(frozen=True)
 class Budget:
     "How much damage to neutral text is accepted."
+
     kl: float | None = None # nats per token, from the unsteered model
     ratio: float | None = None # of perplexities, steered over unsteered
 
     def __post_init__(self):
-        if self.kl is None and self.ratio is None: raise ValueError("Budget(kl=...) or Budget(ratio=...): give at least one bound.")
-        if self.kl is not None and not self.kl > 0: raise ValueError(f"kl must be positive, not {self.kl}.")
-        if self.ratio is not None and not self.ratio > 1: raise ValueError(f"ratio must be above 1, not {self.ratio}.")
+        if self.kl is None and self.ratio is None:
+            raise ValueError("Budget(kl=...) or Budget(ratio=...): give at least one bound.")
+        if self.kl is not None and not self.kl > 0:
+            raise ValueError(f"kl must be positive, not {self.kl}.")
+        if self.ratio is not None and not self.ratio > 1:
+            raise ValueError(f"ratio must be above 1, not {self.ratio}.")
 
     def used(self, row: pd.Series) -> float: # 1 at the edge
         "The share of the budget that a row of a strength curve uses."
         shares = [row.kl / self.kl] if self.kl else []
         return max([*shares, *([math.log(row.ratio) / math.log(self.ratio)] if self.ratio else [])])
 
-@dataclass(frozen=True)
-class Calibration:
-    "The strength found, and what was measured on the way."
-    steering: Steering | Steerings # at the strength found
-    strength: float # what the given vector was multiplied by; 0 if nothing inside the budget is better than not steering
-    score: float # there
-    unsteered: float # the score at strength 0
-    edge: float # where the budget ends, or the strongest strength looked at if it does not end
-    curve: pd.DataFrame # as `strength_curve`; the score is nan where only the damage was measured
-    evaluations: int # scores measured
-
 # %% ../nbs/07_calibrate.ipynb #cee5e7fd
 class _Damage:
     "Measures the damage of strengths of one sign, and remembers it."
+
     def __init__(self, lm: LM, steering: Steering | Steerings, budget: Budget, sign: int, neutral: Sequence[str]):
         self.lm, self.steering, self.budget, self.sign, self.neutral = lm, steering, budget, sign, neutral
         self.rows: dict[float, pd.Series] = {} # |strength| -> a row of a strength curve
 
     def used(self, size: float) -> float: # share of the budget at |strength|
-        if size not in self.rows: self.rows[size] = _damage(self.lm, self.steering, [self.sign * size], self.neutral).iloc[0]
+        if size not in self.rows:
+            self.rows[size] = _damage(self.lm, self.steering, [self.sign * size], self.neutral).iloc[0]
         return self.budget.used(self.rows[size])
 
     def edge(self, start: float, most: float, passes: int = 10, accuracy: float = 0.02) -> float:
@@ -108,13 +111,18 @@ class _Damage:
         low, high, size = 0.0, math.inf, min(start, most)
         for _ in range(passes):
             share = self.used(size)
-            if share <= 1: low = max(low, size)
-            else: high = min(high, size)
-            if low >= most or (low and high / low <= 1 + accuracy): break
+            if share <= 1:
+                low = max(low, size)
+            else:
+                high = min(high, size)
+            if low >= most or (low and high / low <= 1 + accuracy):
+                break
             guess = size * max(share, 1e-9) ** -0.5 * (1 - accuracy / 2) # KL grows like the square
-            if low and math.isfinite(high): guess = self._secant(low, high)
+            if low and math.isfinite(high):
+                guess = self._secant(low, high)
             size = min(most, max(guess, size / 8), size * 8)
-            if low and math.isfinite(high): size = min(max(size, low * (1 + accuracy / 2)), high * (1 - accuracy / 4))
+            if low and math.isfinite(high):
+                size = min(max(size, low * (1 + accuracy / 2)), high * (1 - accuracy / 4))
         return low
 
     def _secant(self, low: float, high: float) -> float:
@@ -125,31 +133,42 @@ class _Damage:
 # %% ../nbs/07_calibrate.ipynb #348ce98f
 class _Search:
     "Measures scores inside the budget, and knows where to look next."
+
     def __init__(self, damage: _Damage, score: Score, bar: Progress):
         self.damage, self.score, self.bar = damage, score, bar
         self.scores: dict[float, float] = {} # |strength| -> score
 
     def measure(self, size: float) -> None:
-        if size in self.scores: return
-        if size: self.damage.used(size)
+        if size in self.scores:
+            return
+        if size:
+            self.damage.used(size)
         strength = self.damage.sign * size
         self.scores[size] = _scored(self.damage.lm, self.damage.steering, strength, self.score)
         self.bar.update(strength=strength)
 
     def best(self) -> float: # a score that is nan is worse than any
-        return max(sorted(self.scores), key=lambda size: -math.inf if math.isnan(self.scores[size]) else self.scores[size])
+        return max(
+            sorted(self.scores), key=lambda size: -math.inf if math.isnan(self.scores[size]) else self.scores[size]
+        )
 
     def next(self, edge: float, tolerance: float) -> float | None:
         "Where to measure next, None when there is nothing left to learn."
         sizes, best = sorted(self.scores), self.best()
         i, fine = sizes.index(best), tolerance * (best or edge)
         left, right = (sizes[i - 1] if i else None), (sizes[i + 1] if i + 1 < len(sizes) else None)
-        if max(abs(best - other) for other in (left, right) if other is not None) <= fine: return None
-        if left is None: return right / 4
-        if right is not None and (len(sizes) < 4 or list(self.scores)[-1] == best): # a parabola, unless the last one led nowhere
+        if max(abs(best - other) for other in (left, right) if other is not None) <= fine:
+            return None
+        if left is None:
+            return right / 4
+        if right is not None and (
+            len(sizes) < 4 or list(self.scores)[-1] == best
+        ): # a parabola, unless the last one led nowhere
             top = self._parabola(left, best, right)
-            if top is not None and min(abs(top - s) for s in sizes) > fine / 2: return top
-        if right is None: return (left + best) / 2
+            if top is not None and min(abs(top - s) for s in sizes) > fine / 2:
+                return top
+        if right is None:
+            return (left + best) / 2
         middle = lambda other: math.sqrt(best * other) if other else best / 2
         return middle(left) if not left or best / left > right / best else middle(right)
 
@@ -158,15 +177,34 @@ class _Search:
         there, back = (math.log, math.exp) if left else (float, float)
         (a, b, c), (x, y, z) = map(there, (left, best, right)), (self.scores[s] for s in (left, best, right))
         below, above = (b - a) * (y - z), (b - c) * (y - x)
-        if not math.isfinite(below - above) or below == above: return None
+        if not math.isfinite(below - above) or below == above:
+            return None
         top = b - 0.5 * ((b - a) * below - (b - c) * above) / (below - above)
         return back(top) if a < top < c else None
 
     def curve(self) -> pd.DataFrame:
         known, sign = self.damage.rows, self.damage.sign
         rows = [dict(strength=0.0, score=self.scores.get(0.0, math.nan), kl=0.0, ratio=1.0, dose=0.0)]
-        rows += [dict(strength=sign * s, score=self.scores.get(s, math.nan), **known[s][["kl", "ratio", "dose"]]) for s in known]
+        rows += [
+            dict(strength=sign * s, score=self.scores.get(s, math.nan), **known[s][["kl", "ratio", "dose"]])
+            for s in known
+        ]
         return pd.DataFrame(rows).sort_values("strength", ignore_index=True)
+
+# %% ../nbs/07_calibrate.ipynb #07b52a20
+@dataclass(frozen=True)
+class Calibration:
+    "The strength found, and what was measured on the way."
+
+    steering: Steering | Steerings # at the strength found
+    strength: (
+        float # what the given vector was multiplied by; 0 if nothing inside the budget is better than not steering
+    )
+    score: float # there
+    unsteered: float # the score at strength 0
+    edge: float # where the budget ends, or the strongest strength looked at if it does not end
+    curve: pd.DataFrame # as `strength_curve`; the score is nan where only the damage was measured
+    evaluations: int # scores measured
 
 # %% ../nbs/07_calibrate.ipynb #22575e8a
 def calibrate(
@@ -184,15 +222,24 @@ def calibrate(
     progress: bool = True, # show a bar when it takes long
 ) -> Calibration:
     "The strength with the highest score whose side effects stay within the budget."
-    if sign not in (-1, 1): raise ValueError(f"sign must be 1 or -1, not {sign}.")
-    if evaluations < 3: raise ValueError(f"evaluations={evaluations}: at least 3 (none, the edge, and one between).")
-    if not 0 < start <= most: raise ValueError(f"start={start} must be positive and at most most={most}.")
+    if sign not in (-1, 1):
+        raise ValueError(f"sign must be 1 or -1, not {sign}.")
+    if evaluations < 3:
+        raise ValueError(f"evaluations={evaluations}: at least 3 (none, the edge, and one between).")
+    if not 0 < start <= most:
+        raise ValueError(f"start={start} must be positive and at most most={most}.")
     with Progress(evaluations, "calibrate", "score", shown=progress) as bar:
         search = _Search(damage := _Damage(lm, steering, budget, sign, neutral), score, bar)
         edge = damage.edge(start, most)
         if not edge:
-            raise ValueError(f"Every strength looked at, down to {min(damage.rows):.2g}, is beyond the budget; give a smaller start.")
-        for size in (0.0, edge, edge / 2): search.measure(size)
-        while len(search.scores) < evaluations and (size := search.next(edge, tolerance)) is not None: search.measure(size)
+            raise ValueError(
+                f"Every strength looked at, down to {min(damage.rows):.2g}, is beyond the budget; give a smaller start."
+            )
+        for size in (0.0, edge, edge / 2):
+            search.measure(size)
+        while len(search.scores) < evaluations and (size := search.next(edge, tolerance)) is not None:
+            search.measure(size)
     best, scores = search.best(), search.scores
-    return Calibration(sign * best * steering, sign * best, scores[best], scores[0.0], sign * edge, search.curve(), len(scores))
+    return Calibration(
+        sign * best * steering, sign * best, scores[best], scores[0.0], sign * edge, search.curve(), len(scores)
+    )

@@ -28,7 +28,9 @@ def next_token_logits(
     prompts: Sequence[Sequence[int]], # token ids
     vectors: Sequence[Intervention], # None is unsteered
     batch_size: int = 32, # rows per pass
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]: # vector and prompt of each row, [rows]; its next-token logits in fp32, [rows, vocabulary]
+) -> Iterator[
+    tuple[Tensor, Tensor, Tensor]
+]: # vector and prompt of each row, [rows]; its next-token logits in fp32, [rows, vocabulary]
     "What every prompt would go on with under every vector. The blocks below the lowest steered layer run once per prompt."
     layer = min((lm.check_layer(i) for v in vectors for s in as_steerings(v) for i in s.layers), default=0)
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
@@ -37,7 +39,9 @@ def next_token_logits(
         vector, prompt = torch.tensor(rows[start:start + batch_size]).T
         yield vector, prompt, _last_logits(lm, prompts, prompt, [vectors[v] for v in vector], layer)
 
-def _last_logits(lm: LM, prompts: Sequence[Sequence[int]], prompt: Tensor, vectors: list[Intervention], layer: int) -> Tensor:
+def _last_logits(
+    lm: LM, prompts: Sequence[Sequence[int]], prompt: Tensor, vectors: list[Intervention], layer: int
+) -> Tensor:
     "The last logits of one batch, all of whose vectors act at `layer` or above."
     distinct, row = prompt.unique(return_inverse=True)
     ids, mask = lm.pad([prompts[p] for p in distinct])
@@ -52,7 +56,9 @@ def measure_next_tokens(
     lm: LM, # the model
     prompts: Sequence[Sequence[int]], # token ids
     vectors: Sequence[Intervention], # None is unsteered
-    measure: Callable[[Tensor, Tensor], Tensor], # of next-token logits [rows, vocabulary] and the prompt of each row [rows]: [rows]
+    measure: Callable[
+        [Tensor, Tensor], Tensor
+    ], # of next-token logits [rows, vocabulary] and the prompt of each row [rows]: [rows]
     batch_size: int = 32, # rows per pass
     bar: Progress | None = None, # counts rows
 ) -> Tensor: # [vectors, prompts]
@@ -60,7 +66,8 @@ def measure_next_tokens(
     values = torch.zeros(len(vectors), len(prompts))
     for vector, prompt, logits in next_token_logits(lm, prompts, vectors, batch_size):
         values[vector, prompt] = measure(logits, prompt).float().cpu()
-        if bar is not None: bar.update(len(vector))
+        if bar is not None:
+            bar.update(len(vector))
     return values
 
 # %% ../nbs/04a_next_token.ipynb #ae21c042
@@ -72,11 +79,14 @@ def chosen_options(
 ) -> list[str]: # one option per row, "" where the most probable token begins none of them
     "The option that each row of next-token logits chooses."
     options_of = {prompt: _option_tokens(lm, prompt, options) for prompt in dict.fromkeys(prompts)}
-    return [options_of[prompt].get(token, "") for prompt, token in zip(prompts, logits.argmax(-1).tolist(), strict=True)]
+    return [
+        options_of[prompt].get(token, "") for prompt, token in zip(prompts, logits.argmax(-1).tolist(), strict=True)
+    ]
 
 def _option_tokens(lm: LM, prompt: str, options: Sequence[str]) -> dict[int, str]:
     first = {lm.encode_pair(prompt, option).completion[0]: option for option in options}
-    if len(first) < len(options): raise ValueError(f"The options {list(options)} begin with the same token after {prompt[-30:]!r}.")
+    if len(first) < len(options):
+        raise ValueError(f"The options {list(options)} begin with the same token after {prompt[-30:]!r}.")
     return first
 
 # %% ../nbs/04a_next_token.ipynb #0cc1f325
@@ -113,7 +123,8 @@ def refusal_tokens(
     refusals: Sequence[str] = ("I", "As"), # how refusals begin
 ) -> list[int]: # the first token of each, in order of their ids
     "The tokens that refusals begin with."
-    if isinstance(refusals, str) or not refusals: raise ValueError(f"refusals={refusals!r}: give a list of beginnings, e.g. ('I', 'As').")
+    if isinstance(refusals, str) or not refusals:
+        raise ValueError(f"refusals={refusals!r}: give a list of beginnings, e.g. ('I', 'As').")
     return sorted({lm.encode_pair(prompt, text).completion[0] for text in refusals})
 
 def refusal_scores(
@@ -124,7 +135,8 @@ def refusal_scores(
     progress: bool = True, # show a bar when it takes long
 ) -> Tensor: # [prompts] in nats; above 0 where a refusal is more likely than not
     "log P(refusal) - log(1 - P(refusal)) of the next token (Arditi et al., 2024)."
-    if not prompts: raise ValueError("No prompts were given.")
+    if not prompts:
+        raise ValueError("No prompts were given.")
     ids, tokens = [lm.encode(p) for p in prompts], refusal_tokens(lm, prompts[0], refusals)
     measure = lambda logits, prompt: log_odds(logits, tokens)
     with Progress(len(prompts), "refusal scores", "prompt", shown=progress) as bar:

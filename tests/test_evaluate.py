@@ -14,10 +14,22 @@ import pytest
 import torch
 
 from oneshot_steering.baselines import few_shot, prefill
-from oneshot_steering.evaluate import REFUSALS, Choice, Contains, RefusalOdds, compare, misalignment, rates, side_effects
+from oneshot_steering.evaluate import (
+    REFUSALS,
+    Choice,
+    Contains,
+    Readable,
+    RefusalOdds,
+    compare,
+    flip_table,
+    misalignment,
+    rates,
+    side_effects,
+)
 from oneshot_steering.judges import Grade, LMJudge, OpenAIJudge, Verdict, YesNo
-from oneshot_steering.metrics import bootstrap, wilson
+from oneshot_steering.metrics import bootstrap, rounded, wilson
 from oneshot_steering.models import tiny_lm
+from oneshot_steering.next_token import choose
 from oneshot_steering.steering import NEUTRAL_PROMPTS, Steering
 
 PROMPTS = ["the other dogs", "a fox", "There is no reason to think", "the sun"]
@@ -351,3 +363,92 @@ def test_flips_are_told_beside_the_unsteered_answer():
     assert not set(steered.text) & set(answers) and plain["choice flipped"].tolist() == [False, False, False, None]
     assert steered["choice flipped"].tolist() == [True, True, False, None]
     assert rates(table).loc[("a", 1.0), "choice flipped"] == pytest.approx(2 / 3)
+
+
+# --- next tokens, sets of prompts, readable text
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_next_tokens_are_the_first_tokens_of_generated_answers(architecture):
+    lm = tiny_lm(architecture)
+    steerings = dict(a=vector(0), both=vector(1) + vector(2, layer=3), begun=prefill(" dogs"))
+    sets = dict(two=PROMPTS[:2], others=PROMPTS[2:])
+    shared = dict(scorers=dict(odds=RefusalOdds(("the",))), strengths=(1, -0.5), neutral=None, progress=False)
+    tokens = compare(lm, steerings, sets, answer="next token", batch_size=5, **shared)
+    texts = compare(lm, steerings, PROMPTS, max_new_tokens=1, **shared)
+    assert tokens.prompts.tolist() == ["two"] * 2 * 6 + ["others"] * 2 * 6 and "tokens" not in tokens
+    key = ["vector", "strength", "prompt"]
+    tokens, texts = (table.set_index(key).sort_index() for table in (tokens, texts))
+    assert tokens.index.equals(texts.index) and tokens.odds.tolist() == pytest.approx(texts.odds.tolist(), abs=1e-3)
+    ended = texts.text.str.removeprefix(" dogs") == ""  # a token that ends the answer has no text
+    assert (tokens.text[~ended] == texts.text[~ended]).all() and ended.mean() < 0.5
+
+
+def test_flip_table_is_what_counting_by_hand_gives():
+    lm, vectors = tiny_lm(), {1: vector(0, 20), 2.5: vector(3, 40)}
+    sets = dict(two=PROMPTS[:2], others=PROMPTS[1:])
+    options = ["the", "a", "fox", "dogs", " is"]
+    firsts = {lm.encode_pair("the", o).completion[0]: o for o in options}
+    options = list(firsts.values())
+    table = flip_table(lm, vectors, sets, options)
+    assert table.vector.tolist() == [1, 1, 2.5, 2.5] * 2 and table.sign.tolist() == ["+", "-"] * 4
+    for row in table.itertuples():
+        before = choose(lm, sets[row.prompts], options)
+        with lm.steer((1 if row.sign == "+" else -1) * vectors[row.vector]):
+            after = choose(lm, sets[row.prompts], options)
+        valid = before != ""
+        assert row.n == valid.sum() and row.invalid == (valid & (after == "")).sum()
+        assert row.flips == (valid & (after != "") & (after != before)).sum()
+        if row.n:
+            assert row.rate == row.flips / row.n and (row.low, row.high) == wilson(row.flips, row.n)
+
+
+def test_a_comparison_of_next_tokens_goes_on_where_it_stopped(tmp_path):
+    lm, path, calls = tiny_lm(), tmp_path / "answers.jsonl", []
+
+    def impatient(questions, answers):
+        calls.append(len(answers))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [len(a) for a in answers]
+
+    ask = lambda scorer, path: compare(lm, dict(a=vector(0)), PROMPTS, dict(length=scorer), answer="next token", batch_size=2,
+                                       neutral=None, path=path)
+    with pytest.warns(UserWarning, match="4 of 8 answers"):
+        ask(impatient, path)
+    whole = ask(lambda questions, answers: [len(a) for a in answers], None)
+    pd.testing.assert_frame_equal(ask(impatient, path), whole)
+    assert calls == [2, 2, 2, 2, 2]  # the batch that was interrupted is asked again
+    with pytest.raises(ValueError, match="another answer"):
+        compare(lm, dict(a=vector(0)), PROMPTS, dict(length=impatient), path=path)
+
+
+def test_answers_of_another_kind_are_refused():
+    lm = tiny_lm()
+    with pytest.raises(ValueError, match='"text" or "next token"'):
+        compare(lm, dict(a=vector(0)), PROMPTS, answer="logits")
+    with pytest.raises(TypeError, match="max_new_tokens"):
+        compare(lm, dict(a=vector(0)), PROMPTS, answer="next token", max_new_tokens=2)
+    with pytest.raises(ValueError, match="both have 'perplexity'"):
+        compare(lm, dict(a=vector(0)), PROMPTS[:1], {"": Readable(lm, "en", 10.0)}, neutral=NEUTRAL_PROMPTS[:1], max_new_tokens=2)
+
+
+def test_samples_of_their_own_are_those_of_one_generation():
+    lm, v = tiny_lm(), vector(1)
+    table = compare(lm, dict(a=v), PROMPTS, common_samples=False, neutral=None, max_new_tokens=5, temperature=1.0, seed=2)
+    with lm.steer(rows=[None] * 4 + [v] * 4):
+        assert table.text.tolist() == lm.generate(PROMPTS * 2, max_new_tokens=5, temperature=1.0, seed=2)
+
+
+def test_rates_give_medians_of_perplexities_and_plain_indices():
+    table = pd.DataFrame(dict(vector=["v"] * 3 + ["w"] * 2, strength=1.0, prompt=[0, 1, 2, 0, 1], text="x",
+                              perplexity=[1.0, 2.0, 90.0, None, 4.0], readable=[True, True, False, False, None]))
+    summary = rates(table, "vector")
+    assert summary.index.tolist() == ["v", "w"] and summary.perplexity.tolist() == [2.0, 4.0]
+    assert summary.readable.tolist() == pytest.approx([2 / 3, 0]) and summary["readable missing"].tolist()[1] == 1
+
+
+def test_printed_figures_agree_with_rounded_tables():
+    for value in (0.925, 0.865, 0.875, -0.004, 1 / 3, 12.345):
+        assert float(rounded(value)) == pd.Series([value]).round(2)[0]
+    assert rounded(-0.001) == "0.00" and rounded(2, 0) == "2"
