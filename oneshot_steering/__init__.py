@@ -43,8 +43,8 @@ _FRONT_DOOR = {
     "surprisal": "surprisal",
     "cosines": "geometry",
     "load_organism": "organisms",
-    "steering_slider": "widgets",
-    "steering_figure": "widgets",
+    "steering_slider": "slider",
+    "steering_figure": "figure",
 }
 __all__ = list(_FRONT_DOOR)
 
@@ -52,15 +52,16 @@ if TYPE_CHECKING:  # what editors and type checkers read
     from .baselines import caa, prefill, random_like, refusal_direction
     from .calibrate import Budget, calibrate, mean_score
     from .evaluate import compare, rates, side_effects
+    from .figure import steering_figure
     from .geometry import cosines
     from .lm import LM
     from .models import load_lm
     from .objective import Example
     from .optimize import Fit, Job, Retain, Stop, optimize, optimize_many
     from .organisms import load_organism
+    from .slider import steering_slider
     from .steering import Steering, load_steering
     from .surprisal import surprisal
-    from .widgets import steering_figure, steering_slider
 
 
 def __getattr__(name):
