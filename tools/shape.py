@@ -2,12 +2,14 @@
 
 Of every notebook that exports a module: the cell (counted from 0) with the first result, that is, the first shown code cell that
 uses a public name which the notebook exports and has a displayed output; the median lines of an exported cell (without blank lines
-and `#|` lines); and the shown code cells for each exported one. Of the package: literals of more than 30 lines, private names
+and `#|` lines); and how often shown cells call each public function, method and class that it exports (or read it, a property or a
+constant has no call): twice is the aim. Of the package: literals of more than 30 lines, private names
 taken from another module, circles of imports, and imports of a module that is read later. The tests assert that there are none
 of the last four; the counts describe an aim."""
 
 import ast
 import re
+from collections import Counter
 from functools import cache
 from statistics import median
 
@@ -33,9 +35,9 @@ def reading_order():
 
 
 def shape_of(path):
-    "First result, lengths of the exported cells, number of shown code cells."
+    "First result, and the lengths of the exported cells."
     cells = nbformat.read(path, as_version=4).cells
-    lengths, shown, first = [], 0, None
+    lengths, first = [], None
     public = re.compile(rf"\b({'|'.join(exported_names(cells))})\b")
     for number, cell in enumerate(cells):
         flags = directives(cell)
@@ -45,11 +47,9 @@ def shape_of(path):
             lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
             if not imports_only(cell.source):
                 lengths.append(len(lines))
-        elif not imports_only(cell.source):
-            shown += 1
-            if first is None and cell.outputs and public.search(cell.source):
-                first = number
-    return first, lengths, shown
+        elif first is None and cell.outputs and public.search(cell.source):
+            first = number
+    return first, lengths
 
 
 def exported_names(cells):
@@ -61,6 +61,30 @@ def exported_names(cells):
                 for name in (getattr(t, "name", getattr(t, "id", "_")) for t in targets):
                     if not name.startswith("_"):
                         yield name
+
+
+def shown_calls(path):
+    "{public definition of a notebook: how often its shown cells use it}."
+    cells = nbformat.read(path, as_version=4).cells
+    used = Counter()
+    for cell in cells:
+        flags = directives(cell)
+        if cell.cell_type == "code" and not flags & {"export", "exporti"} and not any(d.startswith("default_exp") for d in flags):
+            used.update(names_used(cell.source))
+    return {name: used[name] for name in dict.fromkeys(exported_names(cells))}
+
+
+def names_used(source):
+    "Every name and attribute that code reads."
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield node.id
 
 
 def imports_only(source):
@@ -190,21 +214,25 @@ def long_literals():
 
 
 def main():
-    print(f"{'notebook':28} first result   exported: cells   median lines   longest   shown for each exported")
+    print(f"{'notebook':28} first result   exported: cells   median lines   longest   definitions   used twice   never")
     core = []
     for path in reading_order().values():
-        first, lengths, shown = shape_of(path)
+        first, lengths = shape_of(path)
         late = " " if first is not None and first < FIRST_RESULT else "!"
         cells, middle, longest = len(lengths), median(lengths or [0]), max(lengths, default=0)
-        print(f"{path.stem:28} {first!s:>9}{late} {cells:18} {middle:14g} {longest:9} {shown / max(1, cells):14.1f}")
+        calls = shown_calls(path)
+        twice, never = sum(n >= SHOWN for n in calls.values()), [name for name, n in calls.items() if not n]
+        print(f"{path.stem:28} {first!s:>9}{late} {cells:18} {middle:14g} {longest:9} {len(calls):13} {twice:12}   {', '.join(never)}")
         if path.stem[:2] <= "09":
-            core.append((first, lengths, shown))
+            core.append((first, lengths, calls))
     lengths = [n for _, many, _ in core for n in many]
-    shown = sum(shown for *_, shown in core)
+    calls = [n for *_, one in core for n in one.values()]
     late = sum(first is None or first >= FIRST_RESULT for first, *_ in core)
-    print(f"\n00-09 together: {len(lengths)} exported cells, median {median(lengths):g} lines (aim: at most {LINES}); "
-          f"{shown / len(lengths):.2f} shown for each (aim: {SHOWN}); "
-          f"{late} of {len(core)} notebooks with a first result after cell {FIRST_RESULT - 1}")  # fmt: skip
+    print("\n00-09 together:")
+    print(f"  {len(lengths)} exported cells, median {median(lengths):g} lines (aim: at most {LINES})")
+    print(f"  {len(calls)} public definitions, used {sum(calls) / len(calls):.1f} times each in shown cells (aim: {SHOWN}); "
+          f"{sum(n >= SHOWN for n in calls)} at least {SHOWN} times, {calls.count(0)} never")  # fmt: skip
+    print(f"  {late} of {len(core)} notebooks with a first result after cell {FIRST_RESULT - 1}")
     for title, found in (
         ("literals over 30 lines", long_literals()),
         ("private names across modules", private_across_modules()),
