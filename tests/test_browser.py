@@ -202,8 +202,9 @@ def check_mid_stream(page):
     first = run_of(page)
     handle(page).focus()
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("run => +document.querySelector('.oneshot-slider .oneshot-steered .oneshot-text')?.dataset.run > run", arg=first)
-    running = page.locator(".oneshot-slider .oneshot-status [data-state]").first.get_attribute("data-state")
+    began = """run => +document.querySelector('.oneshot-slider .oneshot-steered .oneshot-text')?.dataset.run > run
+        && document.querySelector('.oneshot-slider .oneshot-status [data-state]').dataset.state"""
+    running = page.wait_for_function(began, arg=first).json_value()  # the state at that very moment
     for _ in range(3):
         page.keyboard.press("ArrowLeft")
     assert running == "running", "the text was written to its end before it could be changed"
