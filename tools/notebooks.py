@@ -68,7 +68,13 @@ class Runner(NotebookClient):
 
     async def async_execute_cell(self, cell, cell_index, **kwargs):
         skipped = {"eval: false"} if has_gpu() else {"eval: false", "gpu"}
-        return cell if directives(cell) & skipped else await super().async_execute_cell(cell, cell_index, **kwargs)
+        if not directives(cell) & skipped:
+            await super().async_execute_cell(cell, cell_index, **kwargs)
+        if cell_index == len(self.nb.cells) - 1:  # what a study opens with is what it has just found
+            for index, verdict in enumerate(self.nb.cells):
+                if "verdict" in directives(verdict):
+                    await super().async_execute_cell(verdict, index, **kwargs)
+        return cell
 
 
 def has_gpu():
