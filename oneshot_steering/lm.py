@@ -271,6 +271,10 @@ class Pass:
         seen = self.mask.long().cumsum(-1) if self.attention is None else self.attention.sum(-1)
         return (seen - 1).clamp(min=0)[:, -self.ids.shape[1]:]
 
+    def pick(self, x: Tensor) -> Tensor: # of x [B, Q, d] the columns of `keep`, [B, keep, d] or [1, distinct places, d], in one piece
+        if isinstance(self.keep, tuple): return x[tuple(self.places[0].to(x.device))][None]
+        return x if self.keep is None else x[:, -self.keep:].contiguous()
+
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]: # the distinct (row, column) among `keep` [2, distinct], and which of them each is
         return torch.unique(torch.stack(self.keep), dim=1, return_inverse=True)
@@ -308,11 +312,10 @@ def forward(self: LM, this: Pass): # the model's output
     options, attention = {"use_cache": False, **this.options}, this.mask.long()
     if this.attention is not None: attention = _additive(this.attention, self.dtype)
     if "position_ids" in self._accepts: options["position_ids"] = this.positions
-    if isinstance(this.keep, int) and "logits_to_keep" in self._accepts: options["logits_to_keep"] = this.keep
     where = TokenPositions(this.positions, this.mask[:, -this.ids.shape[1]:], this.prompt_lengths, this.rows)
-    with self.at(where), self._head_at(this) as pick:
+    with self.at(where), self._head_at(this) as finish:
         out = self.model(input_ids=this.ids, attention_mask=attention, **options)
-    out.logits = pick(out.logits)
+    out.logits = finish(out.logits)
     return out
 
 def _additive(attention: Tensor, dtype: torch.dtype) -> Tensor: # [B, 1, T, T], what transformers adds to attention scores
@@ -323,19 +326,17 @@ def _additive(attention: Tensor, dtype: torch.dtype) -> Tensor: # [B, 1, T, T], 
 @patch
 @contextmanager
 def _head_at(self: LM, this: Pass) -> Iterator[Callable[[Tensor], Tensor]]:
-    "Within this context the head sees only the (rows, columns) that a pass keeps; what is yielded picks them from its logits."
-    if not isinstance(this.keep, tuple):
-        yield lambda logits: logits if this.keep is None else logits[:, -this.keep:]
-        return
-    places, again = this.places # completions of a prompt share its last column
-    at, gathered = lambda x: tuple(places.to(x.device)), []
+    "Within this context the head sees only the places that a pass keeps; what is yielded brings its logits into the promised shape."
+    gathered, head = [], self.model.get_output_embeddings()
     def gather(module, args):
-        if not args or args[0].ndim != 3: return None
+        if not args or args[0].shape[:-1] != this.ids.shape: return None
         gathered.append(True)
-        return (args[0][at(args[0])][None], *args[1:])
-    head = self.model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(gather) if head is not None else None
-    try: yield lambda logits: (logits[0] if gathered else logits[at(logits)])[again.to(logits.device)]
+        return (this.pick(args[0]), *args[1:])
+    def finish(logits: Tensor) -> Tensor:
+        logits = logits if gathered else this.pick(logits)
+        return logits[0, this.places[1].to(logits.device)] if isinstance(this.keep, tuple) else logits
+    handle = head.register_forward_pre_hook(gather) if head is not None and this.keep is not None else None
+    try: yield finish
     finally:
         if handle is not None: handle.remove()
 
