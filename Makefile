@@ -4,6 +4,7 @@
 #   DEMO_ARGS         arguments of the demo:                     make quickstart DEMO_ARGS=--text
 #   TEST_ARGS         arguments for pytest:                      make test TEST_ARGS="-x tests/test_project.py"
 #   NOTEBOOK_WORKERS  processes that test at once (2):           make test NOTEBOOK_WORKERS=1
+#   FAMILY_WORKERS    processes that check families (2):         make families FAMILY_WORKERS=4
 #   NBS               notebooks or folders to execute:           make notebooks NBS=nbs/00_lm.ipynb
 PYTHON ?= python3
 NBS ?= nbs
@@ -18,7 +19,7 @@ SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test coverage lint export notebooks tidy shape docs readme studies bench wheel constraints
+.PHONY: help quickstart test coverage lint export notebooks tidy shape families docs readme studies bench wheel constraints
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +76,9 @@ tidy: .venv/installed-dev ## Save the outputs that notebooks have in the form in
 
 shape: .venv/installed-dev ## Measure the notebooks and modules: lengths of cells, first results, imports
 	$(BIN)/python tools/shape.py
+
+families: .venv/installed-dev ## Check every family of models that transformers knows, and write nbs/supported_models.md (minutes; goes on where it was)
+	$(BIN)/python tools/families.py
 
 docs: .venv/installed-docs ## Build the site into _docs/ (look at it: python -m http.server -d _docs)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -24,7 +24,7 @@ SECTIONS = {
     "Start": ["index.ipynb", "tutorials/quickstart.ipynb"],
     "Guide": [f"tutorials/{name}.ipynb" for name in ("language_switch", "choosing_strength", "slider", "your_own_model", "*")],
     "Studies": ["studies/*.ipynb"],
-    "Reference": ["[0-9]*.ipynb"],
+    "Reference": ["[0-9]*.ipynb", "supported_models.md"],
     "Benchmarks": ["benchmarks/*.ipynb"],
 }
 DOCUMENTS = ["CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"]  # of the project, which notebooks link to
