@@ -20,7 +20,7 @@ from .organisms import ORGANISMS, load_organism
 from .panel import optimizer_panel
 from .slider import steering_slider
 from .steering import Steering, Steerings, load_steering
-from .widget_base import App, discard, ipywidgets_module, named
+from .widget_base import App, discard, send_again, widget
 
 # %% auto #0
 __all__ = ['make_demo_vector', 'demo_vector', 'AppPage', 'model_named', 'dashboard', 'page_notebook', 'serve_page']
@@ -52,9 +52,10 @@ class AppPage:
     def __init__(self, apps: Mapping[str, App]): # the title of its tab -> app
         self.apps = dict(apps)
         boxes = [app.box for app in self.apps.values()]
-        W = ipywidgets_module()
-        self.box = W.VBox(boxes) if len(boxes) == 1 else W.Tab(boxes, titles=tuple(self.apps))
-        named(self.box, "page")
+        if len(boxes) > 1: boxes = [widget("Tab", children=boxes, titles=tuple(self.apps))]
+        shown = widget("Button", "shown", layout=dict(display="none"))
+        self.box = widget("VBox", "page", children=[*boxes, shown])
+        shown.on_click(lambda button: send_again(self.box))
 
     def wait(self, timeout: float | None = 120.0) -> bool: # False if one is still at work
         "Wait until nothing is under way."
@@ -111,7 +112,7 @@ def page_notebook(
     **arguments, # of `dashboard`, as JSON has them
 ) -> dict: # in notebook format 4
     "The notebook that Voila serves."
-    source = f"from oneshot_steering.app import dashboard\n\npage = dashboard(**{arguments!r})\npage.wait()\npage"
+    source = f"from oneshot_steering.app import dashboard\n\npage = dashboard(**{arguments!r})\npage"
     # the colours of the reader's system, since Voila knows one theme
     colors = theme_style("body[data-voila] :is(#rendered_cells,.oneshot-card,.oneshot-app)")
     style = f"<style>{colors}\n{page_file('page.css')}</style>"

@@ -45,7 +45,6 @@ def flip_demo(
     demo: FlipDemo = FLIP_DEMO, # settings
 ) -> pd.DataFrame: # what `flip_table` gives
     "The main job: vectors from one example, the paper's table on held-out scenarios, a vector and a picture on disk."
-    began = time.perf_counter()
     lm, scenario = load_organism("alignment_faker", dtype="float32"), demo_scenario(demo)
     print(f"{lm}\n\nThe one example (overseen; the harmful answer is {scenario.harmful}):\n\n{_indent(scenario.user)}\n")
     fits = flip_vectors(lm, demo)
@@ -56,7 +55,6 @@ def flip_demo(
     print(flip_summary(table).to_string(float_format=rounded, na_rep="-"))
     saved = _keep(Path(out), table, fits[demo.best].steering)
     print(f"\nChosen on training scenarios: norm {demo.best:g}. Saved {' and '.join(map(str, saved))}.")
-    print(f"{time.perf_counter() - began:.0f} s.")
     return table
 
 def _indent(text: str) -> str: return "\n".join("    " + line for line in text.splitlines())
@@ -85,7 +83,6 @@ def text_demo(
 ) -> pd.DataFrame: # what `compare` gives, for the unsteered and the steered model
     "A vector from one recipe, unseen prompts continued without and with it, a vector and a picture on disk."
     prompts = prompts or text_prompts()
-    began = time.perf_counter()
     lm = load_lm(demo.model, dtype="float32")
     print(f"{lm}\n\nThe one example:\n\n{_indent(demo.prompt.strip())}\n")
     for english, spanish in zip(demo.suppress, demo.promote, strict=True): print(f"  suppress {english!r}, promote {spanish!r}")
@@ -103,7 +100,7 @@ def text_demo(
     ax = plot_fit(fit)
     ax.figure.savefig(path, dpi=150)
     plt.close(ax.figure)
-    print(f"\nSaved {fit.steering.save(out / 'language_switch.safetensors')} and {path}. {time.perf_counter() - began:.0f} s.")
+    print(f"\nSaved {fit.steering.save(out / 'language_switch.safetensors')} and {path}.")
     return table
 
 # %% ../nbs/17_cli.ipynb #33a1c5fe
@@ -118,7 +115,9 @@ def _organism_train(args: argparse.Namespace) -> None:
     train_organism(args.name, args.out or Path("out") / args.name, seed=args.seed)
 
 def _demo(args: argparse.Namespace) -> None:
+    began = time.perf_counter()
     (text_demo if args.text else flip_demo)(args.out)
+    print(f"{time.perf_counter() - began:.0f} s.")
 
 def parser() -> argparse.ArgumentParser:
     "The command's arguments."

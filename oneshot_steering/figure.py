@@ -194,7 +194,7 @@ def tint_legend() -> str: # HTML
     less = [span("d", i, "&minus;") for i in reversed(range(len(TINT_STEPS)))]
     more = [span("u", i, "+") for i in range(len(TINT_STEPS))]
     shades = "".join(less + more)
-    return f"Tint: how much steering changed a token's log-probability, in nats, from {shades}. Hover for numbers."
+    return f"Tint: change of the log-probability by steering, in nats {shades} Hover for numbers."
 
 # %% ../nbs/15_figure.ipynb #660686a3
 AnyVector = Steering | Steerings | Fit | Calibration # what a dial can turn
@@ -258,7 +258,7 @@ class SteeredText:
 
     def numbers(self) -> str:
         score = "" if self.score is None else f"score {self.score:.3g}, "
-        return f"{score}KL {self.kl:.3g} nats per token"
+        return f"{score}KL {round(self.kl, 6) + 0:.3g} nats per token" # less is rounding
 
 # %% ../nbs/15_figure.ipynb #12c90de0
 _ROWS = 16 # texts per pass

@@ -28,13 +28,12 @@ from oneshot_steering.widget_base import (
     Pace,
     Request,
     framed,
-    ipywidgets_module,
     labelled,
-    named,
     note,
     picture_html,
     row,
     twin,
+    widget,
 )
 
 # %% auto #0
@@ -68,7 +67,7 @@ class OptimizerPanel(App):
         self._build(form, str(path))
         self.start()
         self.measurer: LatestOnlyWorker | None = LatestOnlyWorker(partial(self._measure, twin(lm)), self._failed)
-        self.measure()
+        self.update()
 
     def __repr__(self) -> str: return f"OptimizerPanel({self.fit})" if self.worker else "OptimizerPanel(closed)"
 
@@ -79,21 +78,21 @@ class OptimizerPanel(App):
 @patch
 def _build(self: OptimizerPanel, form: _FormState, path: str) -> None:
     "Make the widgets."
-    W = ipywidgets_module()
-    self.dose, self.plot = named(W.HTML(), "fit-dose"), named(W.HTML(), "fit-plot")
+    self.dose, self.plot, self.result = widget("HTML", "fit-dose"), widget("HTML", "fit-plot"), widget("VBox", "result")
     self.alert.add_class("oneshot-fit-error")
     self.status.add_class("oneshot-fit-status")
     self.report(None, "nothing optimised yet", 0, "idle")
-    self.path, self.result = labelled("Text", "path", "file", "wide", value=path), named(W.VBox(), "result")
-    clicks = dict(Optimise=self.optimise, Stop=self.stop, Save=self.save, Close=lambda button: self.close())
-    buttons = {label: named(W.Button(description=label), label.lower()) for label in clicks}
-    for label, click in clicks.items(): buttons[label].on_click(click)
-    begin, end = row(*(buttons[label] for label in ("Optimise", "Stop", "Close"))), row(self.path, buttons["Save"])
-    self.box = framed("panel", *self._build_fields(form), self.dose, begin, self.alert, self.status, self.plot, self.result, end)
+    clicks = dict(Optimise=self.optimise, Stop=self.stop, Close=lambda button: self.close(), Save=self.save)
+    buttons = [widget("Button", label.lower(), description=label) for label in clicks]
+    for button, click in zip(buttons, clicks.values(), strict=True): button.on_click(click)
+    self.path = labelled("Text", "path", "file", "wide", value=path)
+    saving = widget("Box", "row", "saving", children=[self.path, buttons.pop()])
+    fields = self._build_fields(form, buttons)
+    self.box = framed("panel", *fields, self.dose, self.alert, self.status, self.plot, self.result, saving)
 
 # %% ../nbs/15b_panel.ipynb #2f96b5b6
 @patch
-def _build_fields(self: OptimizerPanel, form: _FormState) -> list:
+def _build_fields(self: OptimizerPanel, form: _FormState, buttons: Sequence) -> list:
     last = self.lm.n_layers - 1
     self.prompt = labelled("Textarea", "example", "prompt", value=form.prompt, rows=3)
     lines = lambda given: dict(rows=4, value="\n".join(given))
@@ -102,8 +101,8 @@ def _build_fields(self: OptimizerPanel, form: _FormState) -> list:
     self.layer = labelled("BoundedIntText", "fit-layer", f"layer (0 to {last})", "narrow", value=form.layer, max=last)
     self.norm = labelled("BoundedFloatText", "norm", "norm at most", "narrow", value=form.norm, min=0.0, max=1e6)
     self.steps = labelled("BoundedIntText", "steps", "steps", "narrow", value=form.steps, min=1, max=10_000)
-    for control in (self.layer, self.norm): control.observe(self.measure, "value")
-    return [self.prompt, row(self.promote, self.suppress), row(self.layer, self.norm, self.steps)]
+    for control in (self.layer, self.norm): control.observe(self.update, "value")
+    return [self.prompt, row(self.promote, self.suppress), row(self.layer, self.norm, self.steps, *buttons)]
 
 # %% ../nbs/15b_panel.ipynb #c4115b6e
 @patch
@@ -137,7 +136,7 @@ def save(self: OptimizerPanel, button: object = None) -> None:
 
 # %% ../nbs/15b_panel.ipynb #a4567196
 @patch
-def measure(self: OptimizerPanel, change: object = None) -> None:
+def update(self: OptimizerPanel, change: object = None) -> None:
     "Have the form say what dose its norm is at its layer."
     if self.measurer is not None: self.measurer.ask(self.layer.value)
 
@@ -149,8 +148,8 @@ def _measure(self: OptimizerPanel, lm: LM, layer: int, request: Request) -> None
     stream = self._streams[layer]
     if self.norm.value in (0.0, self._offered): self._offered = self.norm.value = float(f"{stream / 2:.3g}")
     norm = self.norm.value
-    words = f"norm {norm:g}: dose {norm / stream:.2g} (the stream's median norm at layer {layer} is {stream:.3g})"
-    self.dose.value = note(words)
+    about = f"the stream's median norm at layer {layer} is {float(f'{stream:.3g}'):g}"
+    self.dose.value = note(f"norm {norm:g}: dose {norm / stream:.2g} ({about})")
 
 # %% ../nbs/15b_panel.ipynb #e4678c1d
 class _Watcher:
@@ -190,14 +189,16 @@ def _work(self: OptimizerPanel, form: _FormState, request: Request) -> None:
     self.fit = replace(fit, stopped="you") if stopped else fit
     self._plot(self.fit, f"stopped by {self.fit.stopped}")
     self._offer_slider(form)
-    words = f"{self.fit!r}, dose {fit.steering.norm / stream:.2g}"
+    words = f"loss {fit.losses[0].sum():.3g} to {fit.loss:.3g} nats after {fit.step} of {fit.steps} steps"
+    words += f", norm {fit.steering.norm:.3g} (dose {fit.steering.norm / stream:.2g})"
     self.report(None, words, request.number, "stopped" if stopped else "done")
 
 # %% ../nbs/15b_panel.ipynb #b8179da9
 @patch
 def _plot(self: OptimizerPanel, fit: Fit, title: str) -> None:
-    figure = Figure(figsize=(5.5, 3.0), layout="constrained")
+    figure = Figure(figsize=(9.6, 2.6), layout="constrained")
     ax = plot_fit(fit, ax=figure.subplots())
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.12, 0.5), ncols=1 + len(fit.labels) // 14, frameon=False)
     ax.set_title(title)
     numbers = f"loss {fit.loss:.3g} nats and norm {fit.norms[fit.step]:.3g} at step {fit.step}"
     self.plot.value = picture_html(figure, f"{numbers}; {title}")

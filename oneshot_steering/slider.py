@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,17 +30,7 @@ from oneshot_steering.figure import (
 from .lm import LM, Sampling
 from .plot import COLORS, y_from_zero
 from .steering import Steerings
-from oneshot_steering.widget_base import (
-    App,
-    Pace,
-    Request,
-    framed,
-    ipywidgets_module,
-    labelled,
-    named,
-    picture_html,
-    row,
-)
+from .widget_base import App, Pace, Request, framed, labelled, picture_html, row, widget
 
 # %% auto #0
 __all__ = ['SliderOptions', 'SliderApp', 'steering_slider']
@@ -68,14 +57,13 @@ def _plot_visits(
 ) -> Figure:
     "Score and KL against strength."
     scored = any(score is not None for _, score in visits.values())
-    figure = Figure(figsize=(5.2, 3.2 if scored else 1.9), layout="constrained")
-    axes = figure.subplots(1 + scored, sharex=True, squeeze=False)[:, 0]
+    figure = Figure(figsize=(9.6, 2.2), layout="constrained")
+    axes = figure.subplots(1, 1 + scored, squeeze=False)[0]
     rows = [("score", 1, "blue", "o")] * scored + [("KL (nats per token)", 0, "orange", "s")]
     for ax, (label, which, color, marker) in zip(axes, rows, strict=True):
         values = {c: math.nan if numbers[which] is None else numbers[which] for c, numbers in sorted(visits.items())}
         _draw_curve(ax, values, now, dict(color=COLORS[color], marker=marker), dial.calibrated)
-        ax.set(ylabel=label)
-    axes[-1].set_xlabel(f"strength of {dial.name}")
+        ax.set(xlabel=f"strength of {dial.name}", ylabel=label)
     y_from_zero(axes[-1])
     return figure
 
@@ -143,14 +131,14 @@ def steering(self: SliderApp) -> Steerings: # as the controls say
 # %% ../nbs/15a_slider.ipynb #ae3d293c
 @patch
 def _dial_row(self: SliderApp, dial: Dial):
-    W, most, start = ipywidgets_module(), self.options.most, dial.calibrated if dial.calibrated is not None else 1.0
+    most, start = self.options.most, dial.calibrated if dial.calibrated is not None else 1.0
     numbers = dict(value=start, min=-most, max=most, step=most / 40, readout_format=".2f")
     self.sliders.append(labelled("FloatSlider", "strength", f"strength of {dial.name}", **numbers))
     layer = None if dial.layer is None else self.lm.check_layer(dial.layer)
     self.layers.append(_choice("layer", range(self.lm.n_layers), layer))
     self.modes.append(_choice("mode", ["add", "clamp", "ablate"], dial.mode))
-    scale = W.HTML(f'<div class="oneshot-card">{slider_scale(-most, most, dial.calibrated)}</div>')
-    track = named(W.VBox([self.sliders[-1], named(scale, "marks")]), "wide")
+    scale = f'<div class="oneshot-card">{slider_scale(-most, most, dial.calibrated)}</div>'
+    track = widget("VBox", "wide", children=[self.sliders[-1], widget("HTML", "marks", value=scale)])
     return row(track, *filter(None, (self.layers[-1], self.modes[-1])))
 
 def _choice(name: str, options: Sequence[object], value: object): # a list of choices; None where there is nothing to choose
@@ -160,18 +148,17 @@ def _choice(name: str, options: Sequence[object], value: object): # a list of ch
 @patch
 def _build(self: SliderApp, prompts: list[str]) -> None:
     "Make the widgets."
-    W, sampling = ipywidgets_module(), self.options.sampling
-    self.sliders, self.layers, self.modes = [], [], []
+    sampling, self.sliders, self.layers, self.modes = self.options.sampling, [], [], []
     choices = [(f"{i + 1}. {on_one_line(p)}", p) for i, p in enumerate(prompts)]
     self.picker = labelled("Dropdown", "picker", "choose a prompt", "wide", options=choices)
     self.prompt = labelled("Textarea", "prompt", "or write one", value=prompts[0], rows=2)
     temperature, length = dict(value=sampling.temperature, max=5.0), dict(value=sampling.max_new_tokens, min=1)
     self.temperature = labelled("BoundedFloatText", "temperature", "temperature", "narrow", step=0.1, **temperature)
     self.length = labelled("BoundedIntText", "length", "tokens at most", "narrow", max=1000, **length)
-    self.closing = named(W.Button(description="Close", tooltip="end this app and free what it holds"), "close")
-    self.panes = [named(W.HTML(text_card(name, ())), name) for name in ("unsteered", "steered")]
-    self.plot, texts = named(W.HTML(), "plot"), named(W.Box(self.panes), "texts")
-    legend = W.HTML(f'<div class="oneshot-card oneshot-legend">{tint_legend()}</div>')
+    self.closing = widget("Button", "close", description="Close", tooltip="end this app and free what it holds")
+    self.panes = [widget("HTML", name, value=text_card(name, ())) for name in ("unsteered", "steered")]
+    self.plot, texts = widget("HTML", "plot"), widget("Box", "texts", children=self.panes)
+    legend = widget("HTML", value=f'<div class="oneshot-card oneshot-legend">{tint_legend()}</div>')
     fields = row(self.picker, self.temperature, self.length, self.closing)
     rows = [self._dial_row(dial) for dial in self.dials]
     self.box = framed("slider", fields, self.prompt, *rows, self.alert, texts, legend, self.status, self.plot)
@@ -207,17 +194,17 @@ def _typed(self: SliderApp, change: dict) -> None:
 @patch
 def _work(self: SliderApp, state: _SliderState, request: Request) -> None:
     "Write both texts, then the numbers and the picture."
-    acting, key, began = self._acting(state), (state.prompt, state.temperature, state.tokens), time.monotonic()
+    acting, key = self._acting(state), (state.prompt, state.temperature, state.tokens)
     texts = self._stream(state, acting, self._plain.get(key), request)
     if request.superseded: return
     self._show(texts, request, f"measuring, {state.words(self.dials)}")
     unsteered = self._plain.get(key) or self._plain.setdefault(key, self._scored(texts[1]))
-    steered, seconds = self._scored(texts[0]), time.monotonic() - began
+    steered = self._scored(texts[0])
     self.visits[state] = steered.kl, steered.score
     self.visits[replace(state, strengths=(0.0,) * len(self.dials))] = 0.0, unsteered.score
     if request.superseded: return
     count = sum(p.tokens for p in texts[0])
-    text = f"{state.words(self.dials, self._dose(acting))}: {count} tokens in {seconds:.1f} s, {steered.numbers()}"
+    text = f"{state.words(self.dials, self._dose(acting))}: {count} tokens, {steered.numbers()}"
     self._draw(state)
     self._show(texts, request, text, "done")
 
@@ -262,14 +249,14 @@ def _show(self: SliderApp, texts: Sequence[Sequence[Piece]], request: Request, t
 # %% ../nbs/15a_slider.ipynb #700ee474
 @patch
 def _draw(self: SliderApp, state: _SliderState) -> None:
-    "The picture of what was visited with the same settings, along the slider moved last."
+    "The picture of what was visited with the same settings, along the slider moved last; none before it is dragged."
     i, now = self._moved, state.strengths[self._moved]
     moved = lambda other: replace(other, strengths=(*other.strengths[:i], now, *other.strengths[i + 1:]))
     along = {other.strengths[i]: numbers for other, numbers in self.visits.items() if moved(other) == state}
     kl, score = along[now]
     numbers = f"KL {kl:.3g} nats per token" + ("" if score is None else f", score {score:.3g}")
     alt = f"{numbers} at strength {now:g} of {self.dials[i].name}; {len(along)} strengths visited"
-    self.plot.value = picture_html(_plot_visits(along, now, self.dials[i]), alt)
+    self.plot.value = picture_html(_plot_visits(along, now, self.dials[i]), alt) if len(along) > 2 else ""
 
 # %% ../nbs/15a_slider.ipynb #857bed59
 @patch

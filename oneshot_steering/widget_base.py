@@ -22,7 +22,7 @@ from .figure import card_style, page_file
 from .lm import LM
 
 # %% auto #0
-__all__ = ['LatestOnlyWorker', 'Request', 'twin', 'ipywidgets_module', 'named', 'labelled', 'row', 'note', 'framed', 'discard',
+__all__ = ['LatestOnlyWorker', 'Request', 'twin', 'widget', 'labelled', 'row', 'note', 'framed', 'send_again', 'discard',
            'status_html', 'alert_html', 'picture_html', 'Pace', 'App']
 
 # %% ../nbs/15_widget_base.ipynb #0a3e3caa
@@ -104,17 +104,18 @@ def twin(
     return made
 
 # %% ../nbs/15_widget_base.ipynb #6cb89117
-def ipywidgets_module():
-    "ipywidgets, which only apps need."
+def widget(
+    kind: str, # of ipywidgets, e.g. "HTML"
+    *classes: str, # of ours
+    **options, # of that widget
+):
+    "A widget with classes of ours. ipywidgets is imported here, since only apps need it."
     try: import ipywidgets
     except ImportError as error:
         raise ImportError("Sliders need ipywidgets: pip install 'oneshot-steering[widgets]'.") from error
-    return ipywidgets
-
-def named(widget, *classes: str):
-    "The widget, with these classes of ours."
-    for name in classes: widget.add_class(f"oneshot-{name}")
-    return widget
+    made = getattr(ipywidgets, kind)(**options)
+    for name in classes: made.add_class(f"oneshot-{name}")
+    return made
 
 # %% ../nbs/15_widget_base.ipynb #2d6e94c7
 def labelled(
@@ -125,11 +126,11 @@ def labelled(
     **options, # of that widget
 ):
     "A field with its label."
-    return named(getattr(ipywidgets_module(), kind)(description=label, **options), name, *classes)
+    return widget(kind, name, *classes, description=label, **options)
 
 def row(*children):
     "Widgets next to each other, as far as there is room."
-    return named(ipywidgets_module().Box(children), "row")
+    return widget("Box", "row", children=children)
 
 def note(text: str = "") -> str: # HTML
     "A remark in small print."
@@ -138,11 +139,15 @@ def note(text: str = "") -> str: # HTML
 # %% ../nbs/15_widget_base.ipynb #b4dcf5db
 def framed(name: str, *children):
     "The outermost box of an app, with the style and the script that it needs."
-    W = ipywidgets_module()
     script = {"text/html": f"<script>{page_file('handles.js')}</script>", "text/plain": ""}
     output = dict(output_type="display_data", metadata={}, data=script)
-    style = W.HTML(f"<style>{card_style('app.css')}</style>", layout=W.Layout(display="none"))
-    return named(W.VBox([*children, style, W.Output(outputs=(output,))]), "app", name)
+    style = widget("HTML", value=f"<style>{card_style('app.css')}</style>", layout=dict(display="none"))
+    return widget("VBox", "app", name, children=[*children, style, widget("Output", outputs=(output,))])
+
+def send_again(widget) -> None:
+    "Tell the page once more what the texts and fields in a widget hold."
+    for child in getattr(widget, "children", ()): send_again(child)
+    if widget.has_trait("value"): widget.send_state("value")
 
 def discard(widget) -> None:
     "Close a widget and all that belongs to it."
@@ -186,12 +191,11 @@ class Pace:
 class App:
     "What the apps share. An app makes `box`, its outermost widget, calls `start`, and serves requests in `_work`."
     def __init__(self, lm: LM):
-        W = ipywidgets_module()
         self.lm: LM | None = twin(lm)
         self.worker: LatestOnlyWorker | None = None # until it is started, and once it is closed
         self.request = 0 # the number of the latest
         self.error: Exception | None = None # what went wrong last, None once something went well
-        self.alert, self.status = named(W.HTML(), "error"), named(W.HTML(), "status")
+        self.alert, self.status = widget("HTML", "error"), widget("HTML", "status")
 
     def start(self) -> None:
         "Begin to serve requests."

@@ -429,6 +429,15 @@ def dashboard(browser, tmp_path_factory):
         yield page
 
 
+def test_dashboard_opens_on_steered_text(dashboard):
+    "Nobody clicks: the first tab has the vector at strength 1, and its text is written."
+    expect(dashboard.locator(".oneshot-page .lm-TabBar-tab")).to_have_text(["Try a vector", "Make your own"])
+    expect(dashboard.locator(".oneshot-page .lm-mod-current")).to_have_text("Try a vector")
+    text, plain = settled(dashboard), dashboard.locator(".oneshot-unsteered .oneshot-text").first
+    assert strength(dashboard) == 1 and int(steered(dashboard).get_attribute("data-tokens")) > 0
+    assert text.removeprefix("steered") != plain.inner_text().removeprefix("unsteered")
+
+
 def test_dashboard(dashboard):
     assert dashboard.locator("h1").inner_text().startswith("Drag a strength")
     check_mouse(dashboard)

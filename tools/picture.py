@@ -17,6 +17,7 @@ from playwright.sync_api import sync_playwright
 PICTURE = Path(__file__).resolve().parent.parent / "nbs" / "images" / "app.png"
 FLAGS = [f"--{flag}" for flag in ("no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-background-networking")]
 MINUTES = 5 * 60_000  # milliseconds, at most, for each step
+WIDTH, DENSITY = 900, 2  # of the page, about that of a README; pixels per unit of it, so that text is crisp
 
 
 def served(folder):
@@ -40,13 +41,13 @@ def pictured(address):
     chromium = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        page = browser.new_page(viewport=dict(width=1040, height=1000), color_scheme="light")
+        page = browser.new_page(viewport=dict(width=WIDTH, height=1000), device_scale_factor=DENSITY, color_scheme="light")
         page.set_default_timeout(MINUTES)
         page.goto(address)
         page.wait_for_selector(".oneshot-slider .oneshot-status [data-state=done]")
         page.wait_for_timeout(1000)
         legend = page.locator(".oneshot-slider .oneshot-legend").first.bounding_box()
-        png = page.screenshot(clip=dict(x=0, y=0, width=1040, height=legend["y"] + legend["height"] + 12))
+        png = page.screenshot(clip=dict(x=0, y=0, width=WIDTH, height=legend["y"] + legend["height"] + 12))
         browser.close()
     return png
 
