@@ -274,6 +274,6 @@ class SteeredAPI(ModelAPI):
     async def count_text_tokens(self, text: str) -> int:
         return len(self.shared.lm.tok(text, add_special_tokens=False).input_ids)
     async def tokenize(self, text: str) -> list[int]: return self.shared.lm.encode(text)
-    def max_tokens(self) -> int: return 2048 # of an answer, where nobody says; as Inspect's own provider of local models
+    def max_tokens(self) -> int: return 2048 # of an answer, where nobody says, as in Inspect's own provider
     def max_connections(self) -> int: return self.batch_size
     def collapse_user_messages(self) -> bool: return True
