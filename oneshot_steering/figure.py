@@ -95,6 +95,7 @@ def steered_pieces(
 ) -> Iterator[list[Piece | None]]: # at each token the new piece of every prompt; None where nothing new can be shown
     "Continue prompts under vectors, token by token, with the effect of steering on each. Steers only while it runs."
     sampling = replace(sampling or DEFAULT_SAMPLING, **plain)
+    if sampling.stop: raise ValueError("Pieces with their effect have no stop texts; leave stop out, or use lm.generate.")
     _check_prompts(prompts, steerings)
     acting, ids, n = [as_steerings(s) for s in steerings], [lm.encode_prompt(p) for p in prompts], len(prompts)
     followed = [row for row, s in enumerate(acting) if s]

@@ -9,11 +9,12 @@ import hashlib
 import importlib.metadata
 import inspect
 import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import ClassVar
 
@@ -94,6 +95,7 @@ class LM:
         self.rows_differ_from: int | None = None # the lowest layer where the rows of a batch may be steered differently; None: nowhere
         self.use_shortcuts = True # False within `plain`
         self.shortcuts: dict[str, bool] = {} # the shortcuts tried so far, and whether they agreed with the plain way
+        self._turn_ends: dict[str, int | None] = {} # per chat template, the token that ends an assistant's message
         inner = getattr(model, "get_base_model", lambda: model)()
         self._accepts = set(inspect.signature(inner.forward).parameters)
 
@@ -208,35 +210,75 @@ def completion_places(
     return row, column
 
 # %% ../nbs/00_lm.ipynb #50a88b15
-Messages = Sequence[dict] # [{"role": "user", "content": "..."}, ...]
+Messages = Sequence[dict] # [{"role": "user", "content": "..."}, ...]; instead of a text a list of parts, [{"type": "text", "text": "..."}]
 
 @patch
 def chat(self: LM,
-    user: str | Messages, # one user message, or a whole conversation; a last assistant message is left open, like `prefill`
+    user: str | Messages, # a user message, or a whole conversation; a last assistant message is left open, like `prefill`
     system: str | None = None, # system message; the template's own default if None
     prefill: str = "", # first words of the assistant's answer
+    **options, # for the template, e.g. `enable_thinking=False`
 ) -> str: # a prompt for `generate`, `encode`, `Example`
-    "The conversation as the model's own template writes it, ready for the assistant to speak."
-    messages = [{"role": "user", "content": user}] if isinstance(user, str) else [dict(m) for m in user]
-    if not messages: raise ValueError("An empty conversation: give at least one message.")
-    if system is not None: messages = [{"role": "system", "content": system}, *messages]
-    if messages[-1]["role"] == "assistant": prefill = messages.pop()["content"] + prefill
-    return self._render(messages) + prefill
+    "The conversation as the model's own template writes it. Raises `ValueError` for one that the template refuses or loses a part of."
+    messages = _conversation(user, system)
+    if messages[-1]["role"] == "assistant": prefill = _joined(messages.pop()["content"] or []) + prefill
+    if not messages: raise ValueError("A conversation of an assistant's message alone: give the message that it answers, too.")
+    return self._render(messages, options) + prefill
 
 # %% ../nbs/00_lm.ipynb #lm1000b2
-@patch
-def _render(self: LM, messages: list[dict]) -> str:
-    if not getattr(self.tok, "chat_template", None): return _plain_chat(messages)
-    render = lambda m: self.tok.apply_chat_template(m, tokenize=False, add_generation_prompt=True)
-    try: return render(messages)
-    except TemplateError:
-        if messages[0]["role"] != "system": raise
-        first, second, *rest = messages
-        return render([{**second, "content": first["content"] + "\n\n" + second["content"]}, *rest])
+def _conversation(user: str | Messages, system: str | None) -> list[dict]: # whose contents are lists of text parts, or None
+    if not user and not isinstance(user, str): raise ValueError("An empty conversation: give at least one message.")
+    if isinstance(user, str) or all("type" in part and "role" not in part for part in user): user = [dict(role="user", content=user)]
+    messages = [dict(role="system", content=system), *user] if system is not None else [*user]
+    return [{**message, "content": _parts(message)} for message in messages]
 
-def _plain_chat(messages: list[dict]) -> str:
+def _parts(message: dict) -> list[dict] | None: # None where an assistant only calls tools
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str): raise ValueError(f"A message needs a role and a content, not {message!r}.")
+    if content is None and message.get("tool_calls"): return None
+    parts = [dict(type="text", text=content)] if isinstance(content, str) else content
+    if not isinstance(parts, (list, tuple)): raise ValueError(f"The content of a {role} message is {content!r}; give a text.")
+    if other := next((p for p in parts if not isinstance(p, dict) or not isinstance(p.get("text"), str)), None):
+        raise ValueError(f"The content of a {role} message has a part that is no text, which is all that is read here: {str(other)[:80]}.")
+    return list(parts)
+
+def _joined(parts: list[dict]) -> str: return "".join(part["text"] for part in parts)
+
+# %% ../nbs/00_lm.ipynb #lm2000a2
+def _forms(messages: list[dict]) -> Iterator[list[dict]]: # the same conversation as different templates want it
+    yield [{**m, "content": None if m["content"] is None else _joined(m["content"])} for m in messages]
+    yield messages
+    if [m["role"] for m in messages[:2]] != ["system", "user"]: return
+    system, user, *rest = messages
+    yield from _forms([{**user, "content": [*system["content"], dict(type="text", text="\n\n"), *user["content"]]}, *rest])
+
+# %% ../nbs/00_lm.ipynb #lm2000a5
+_REFUSALS = (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) # what templates raise
+
+@patch
+def _render(self: LM, messages: list[dict], options: dict) -> str:
+    if not getattr(self.tok, "chat_template", None): return _plain_chat(messages, options)
+    if strange := [name for name in options if name not in str(self.tok.chat_template) and name not in ("tools", "documents")]:
+        raise ValueError(f"The chat template of {self.name} does not read {', '.join(strange)}.")
+    write = partial(self.tok.apply_chat_template, tokenize=False, add_generation_prompt=True, **options)
+    marked = [{**m, "content": m["content"] and [dict(type="text", text=f"xmarker{i}x")]} for i, m in enumerate(messages)]
+    problems = []
+    for form, twin in zip(_forms(messages), _forms(marked), strict=True):
+        try: text, copy = write(form), write(twin).lower()
+        except _REFUSALS as error: problems.append(f"refuses it: {error}")
+        else:
+            lost = [m["role"] for i, m in enumerate(messages) if m["content"] and f"xmarker{i}x" not in copy]
+            if not lost: return text
+            problems.append(f"leaves out what is said by: {', '.join(lost)}")
+    roles = ", ".join(m["role"] for m in messages)
+    raise ValueError(f"The chat template of {self.name} cannot write this conversation ({roles}); it {problems[0]}.")
+
+def _plain_chat(messages: list[dict], options: dict) -> str:
     says = {"system": "{}\n\n", "user": "User: {}\n\n", "assistant": "Assistant: {}\n\n"}
-    return "".join(says[m["role"]].format(m["content"]) for m in messages) + "Assistant:"
+    if options: raise ValueError(f"There is no chat template that could read {', '.join(options)}.")
+    if other := next((m["role"] for m in messages if m["role"] not in says or m["content"] is None), None):
+        raise ValueError(f"Without a chat template only texts of {', '.join(says)} can be written, not a message of {other}.")
+    return "".join(says[m["role"]].format(_joined(m["content"])) for m in messages) + "Assistant:"
 
 # %% ../nbs/00_lm.ipynb #5260d0d0
 @patch
@@ -493,10 +535,15 @@ class Sampling:
     temperature: float = 0.0 # 0 is greedy
     top_p: float = 1.0 # nucleus sampling: the smallest set of tokens with this much probability
     seed: int = 0 # samples depend on the seed and the prompt's random stream alone
+    stop: str | int | Sequence[str | int] = () # texts and token ids that end a generation, besides the end-of-sequence tokens
 
     def __post_init__(self):
         if self.max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.temperature < 0 or not 0 < self.top_p <= 1: raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
+        stop = (self.stop,) if isinstance(self.stop, (str, int)) else tuple(self.stop)
+        if wrong := [s for s in stop if not isinstance(s, (str, int)) or isinstance(s, bool) or s == "" or (isinstance(s, int) and s < 0)]:
+            raise ValueError(f"stop takes texts that are not empty and token ids, not {wrong[0]!r}.")
+        object.__setattr__(self, "stop", stop)
 
 # %% ../nbs/00_lm.ipynb #lm1000e1
 class Sampler:
@@ -535,10 +582,34 @@ def _nucleus(logits: Tensor, top_p: float) -> Tensor: # minus infinity outside t
 # %% ../nbs/00_lm.ipynb #23437030
 @patch
 def stop_ids(self: LM) -> set[int]:
-    "Tokens that end a generation: the model's and the tokenizer's end-of-sequence tokens."
+    "Tokens that end a generation: end-of-sequence tokens of the model and the tokenizer, and the chat template's end of a turn."
     listed = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
     listed = listed if isinstance(listed, (list, tuple)) else [listed]
-    return {i for i in (*listed, self.tok.eos_token_id) if i is not None}
+    return {i for i in (*listed, self.tok.eos_token_id, self._turn_end()) if i is not None}
+
+@patch
+def _turn_end(self: LM) -> int | None: # the special token that follows an assistant's message
+    template = getattr(self.tok, "chat_template", None)
+    if not template: return None
+    if self._turn_ends.get(str(template), ...) is ...: self._turn_ends[str(template)] = self._find_turn_end()
+    return self._turn_ends[str(template)]
+
+@patch
+def _find_turn_end(self: LM) -> int | None:
+    question, answer = (dict(role=role, content=[dict(type="text", text=f"xmarker{role}x")]) for role in ("user", "assistant"))
+    for messages in ([question, answer], [question, answer, question]):
+        for form in _forms(messages):
+            try: text = self.tok.apply_chat_template(form, tokenize=False, add_generation_prompt=False)
+            except _REFUSALS: continue
+            after = text.partition("xmarkerassistantx")[2].lstrip()
+            ids = self.tok(after, add_special_tokens=False).input_ids if after else []
+            if ids and self._is_special(ids[0]): return ids[0]
+    return None
+
+@patch
+def _is_special(self: LM, token: int) -> bool: # also one that a tokenizer only lists among its added tokens, or as a word in brackets
+    listed = token in self.tok.all_special_ids or token in getattr(self.tok, "added_tokens_decoder", ())
+    return listed or re.fullmatch(r"<[^<>\s]+>|\[[^\[\]\s]+\]", self.decode([token]).strip()) is not None
 
 # %% ../nbs/00_lm.ipynb #lm1000e8
 def can_select_rows(
@@ -556,12 +627,14 @@ def decode_steps(self: LM,
     rows: Sequence[int] | None = None, # which of the caller's prompts each one is; 0, 1, ... if None
     sampler: Callable[[Tensor], Tensor] | None = None, # logits [B, vocabulary] to tokens [B]; greedy if None
     use_cache: bool = True, # False recomputes the whole sequence at each step
+    stop: Sequence[int] = (), # tokens that end a row, besides `stop_ids`
+    ended_rows: Container[int] = (), # rows to end, counted in `prompts`; the caller may add to them between two steps
 ) -> Iterator[list[int | None]]: # at each step the new token of every row, None once a row has ended
     "Continue token sequences as one batch, under whatever steering is active."
     rows, sampler = list(range(len(prompts))) if rows is None else rows, sampler or Sampler(Sampling())
     ids, mask = self.pad(prompts, side="left")
     lengths, row_ids = mask.sum(-1), torch.tensor(rows, device=ids.device)
-    stop, past, new = torch.tensor(sorted(self.stop_ids()), device=ids.device), None, ids
+    stop, past, new = torch.tensor(sorted({*self.stop_ids(), *stop}), device=ids.device), None, ids
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     alive = list(range(len(ids)))
     for _ in range(most):
@@ -573,6 +646,7 @@ def decode_steps(self: LM,
         step: list[int | None] = [None] * len(prompts)
         for i, t, over in zip(alive, token.tolist(), ended.tolist(), strict=True): step[i] = None if over else t
         yield step
+        if ended_rows: ended = ended | torch.tensor([i in ended_rows for i in alive], device=ended.device)
         if ended.all(): return
         new = token[:, None]
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(new, dtype=torch.bool)], 1)
@@ -613,27 +687,59 @@ class Progress:
         self.bar.close()
 
 # %% ../nbs/00_lm.ipynb #5635c4a6
+class _Writing:
+    "The text of a row while its tokens come."
+    def __init__(self, lm: LM, stops: Sequence[str]):
+        self.lm, self.stops, self.ids, self.shown, self.stopped = lm, stops, [], "", False
+
+    def add(self, token: int) -> str:
+        "What can be shown after one more token."
+        self.ids.append(token)
+        end = self._stop()
+        text = self.lm.text_of(self.ids) if end is None else self._before(end)
+        return "" if text.endswith("\ufffd") and not self.stopped else self._show(text)
+
+    def rest(self) -> str: return "" if self.stopped else self._show(self.lm.text_of(self.ids))
+
+    def _show(self, text: str) -> str:
+        piece, self.shown = text[len(self.shown):], max(self.shown, text, key=len)
+        return piece
+
+# %% ../nbs/00_lm.ipynb #lm2000b0
+@patch
+def _stop(self: _Writing) -> int | None: # the character at which a stop text begins, or may begin; None if there is none
+    if not self.stops: return None
+    text = self.lm.decode(self.ids)
+    whole = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+    self.stopped = bool(whole)
+    begun = (len(text) - n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+    return min(whole) if whole else min(begun, default=None)
+
+@patch
+def _before(self: _Writing, end: int) -> str: # the text of the first `end` characters, without special tokens
+    whole = next(n for n in reversed(range(len(self.ids) + 1)) if len(self.lm.decode(self.ids[:n])) <= end)
+    shown, part = self.lm.text_of(self.ids[:whole]), end - len(self.lm.decode(self.ids[:whole]))
+    return self.lm.text_of(self.ids[:whole + 1])[:len(shown) + part]
+
+# %% ../nbs/00_lm.ipynb #lm2000b2
 @patch
 def _pieces(self: LM, encoded: list[list[int]], batches: list[list[int]], sampling: Sampling, streams: Sequence[int] | None,
             use_cache: bool, quiet: bool) -> Iterator[tuple[int, str]]:
-    most = sampling.max_new_tokens
+    most, ids, texts = sampling.max_new_tokens, *([s for s in sampling.stop if isinstance(s, kind)] for kind in (int, str))
     with Progress(len(encoded) * most, "generate", "tok", shown=not quiet) as bar:
         for rows in batches:
-            prompts = [encoded[row] for row in rows]
+            prompts, writing, stopped, steps = [encoded[row] for row in rows], [_Writing(self, texts) for _ in rows], set(), 0
             room = min(most, (self.context or sys.maxsize) - max(map(len, prompts)))
-            new, shown = [[] for _ in rows], [""] * len(rows)
             sampler = Sampler(sampling, rows if streams is None else [streams[row] for row in rows])
-            for tokens in self.decode_steps(prompts, room, rows, sampler, use_cache):
+            for tokens in self.decode_steps(prompts, room, rows, sampler, use_cache, ids, stopped):
                 bar.update(len(rows))
+                steps += 1
                 for i, token in enumerate(tokens):
                     if token is None: continue
-                    new[i].append(token)
-                    text = self.text_of(new[i])
-                    if text.endswith("\ufffd"): continue
-                    yield rows[i], text[len(shown[i]):]
-                    shown[i] = text
-            yield from ((row, rest) for row, ids, seen in zip(rows, new, shown, strict=True) if (rest := self.text_of(ids)[len(seen):]))
-            bar.update(len(rows) * (most - max(map(len, new))))
+                    if piece := writing[i].add(token): yield rows[i], piece
+                    if writing[i].stopped: stopped.add(i)
+            yield from ((row, rest) for row, text in zip(rows, writing, strict=True) if (rest := text.rest()))
+            bar.update(len(rows) * (most - steps))
 
 # %% ../nbs/00_lm.ipynb #e9760a2b
 @patch
@@ -647,10 +753,12 @@ def generate(self: LM,
     stream: bool = False, # give an iterator over pieces of text instead
     use_cache: bool = True, # False recomputes the whole sequence at each step
     streams: Sequence[int] | None = None, # which random stream each prompt's samples are drawn from; 0, 1, ... if None
-    sampling: Sampling | None = None, # the four settings in one value, instead of them
+    stop: str | int | Sequence[str | int] = (), # texts and token ids that end a text, besides the end-of-sequence tokens
+    sampling: Sampling | None = None, # the settings in one value, instead of them
 ) -> str | list[str] | Iterator: # the new text only; streaming yields pieces for one prompt, (row, piece) for several
-    "Continue each prompt, under whatever steering is active. Ends at an end-of-sequence token, which is not shown."
+    "Continue each prompt, under whatever steering is active. Ends at a stop text or token (`stop_ids`), which is not shown."
     texts, sampling = _as_list(prompts), sampling or Sampling(max_new_tokens, temperature, top_p, seed)
+    if stop: sampling = replace(sampling, stop=stop)
     if streams is not None and len(streams) != len(texts):
         raise ValueError(f"{len(streams)} streams for {len(texts)} prompts: give one each.")
     encoded = [self.encode_prompt(t) for t in texts]
