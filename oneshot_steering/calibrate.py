@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
+from fastcore.basics import patch
 
 from .evaluate import Scorer, Values, side_effects
 from .lm import LM, Progress
@@ -28,18 +29,27 @@ def mean_score(
     **generation, # for `lm.generate`
 ) -> Score:
     "The mean of a scorer's values over the answers to some prompts; values that are not there do not count."
+    generation = {"batch_size": len(prompts)} | generation
 
     def score(lm: LM) -> float:
         if hasattr(scorer, "under"):
             values: Values = scorer.under(lm, prompts)
         else:
-            values = scorer(
-                list(questions or prompts), lm.generate(list(prompts), **{"batch_size": len(prompts)} | generation)
-            )
+            values = scorer(list(questions or prompts), lm.generate(list(prompts), **generation))
         known = [float(v) for v in values if v is not None and not math.isnan(v)]
         return sum(known) / len(known) if known else math.nan
 
     return score
+
+# %% ../nbs/07_calibrate.ipynb #5c102309
+def _damage(lm: LM, steering: Steering | Steerings, strengths: Sequence[float], neutral: Sequence[str]) -> pd.DataFrame:
+    table = side_effects(lm, [None, *(c * steering if c else None for c in strengths)], neutral, progress=False)
+    table["ratio"] = table.perplexity / table.perplexity[0]
+    return table[1:].assign(strength=list(strengths)).reset_index(drop=True)
+
+def _scored(lm: LM, steering: Steering | Steerings, strength: float, score: Score) -> float:
+    with lm.steer(*(() if strength == 0 else (strength * steering,))):
+        return float(score(lm))
 
 # %% ../nbs/07_calibrate.ipynb #b8b92b01
 def strength_curve(
@@ -55,22 +65,12 @@ def strength_curve(
     ordered = sorted({float(c) for c in strengths})
     if not ordered or not all(map(math.isfinite, ordered)):
         raise ValueError(f"strengths={list(strengths)}: give finite numbers.")
-    damage = _damage(lm, steering, ordered, neutral)
+    damage, scores = _damage(lm, steering, ordered, neutral), []
     with Progress(len(ordered), "strengths", "strength", shown=progress) as bar:
-        scores = []
         for strength in ordered:
             scores.append(_scored(lm, steering, strength, score))
             bar.update()
     return damage.assign(score=scores)[["strength", "score", "kl", "ratio", "perplexity", "dose"]]
-
-def _scored(lm: LM, steering: Steering | Steerings, strength: float, score: Score) -> float:
-    with lm.steer(*(() if strength == 0 else (strength * steering,))):
-        return float(score(lm))
-
-def _damage(lm: LM, steering: Steering | Steerings, strengths: Sequence[float], neutral: Sequence[str]) -> pd.DataFrame:
-    table = side_effects(lm, [None, *(c * steering if c else None for c in strengths)], neutral, progress=False)
-    table["ratio"] = table.perplexity / table.perplexity[0]
-    return table[1:].assign(strength=list(strengths)).reset_index(drop=True)
 
 # %% ../nbs/07_calibrate.ipynb #436d9f03
 @dataclass(frozen=True)
@@ -106,29 +106,32 @@ class _Damage:
             self.rows[size] = _damage(self.lm, self.steering, [self.sign * size], self.neutral).iloc[0]
         return self.budget.used(self.rows[size])
 
-    def edge(self, start: float, most: float, passes: int = 10, accuracy: float = 0.02) -> float:
-        "The largest strength inside the budget, to 2%; at most `most`."
-        low, high, size = 0.0, math.inf, min(start, most)
-        for _ in range(passes):
-            share = self.used(size)
-            if share <= 1:
-                low = max(low, size)
-            else:
-                high = min(high, size)
-            if low >= most or (low and high / low <= 1 + accuracy):
-                break
-            guess = size * max(share, 1e-9) ** -0.5 * (1 - accuracy / 2) # KL grows like the square
-            if low and math.isfinite(high):
-                guess = self._secant(low, high)
-            size = min(most, max(guess, size / 8), size * 8)
-            if low and math.isfinite(high):
-                size = min(max(size, low * (1 + accuracy / 2)), high * (1 - accuracy / 4))
-        return low
+# %% ../nbs/07_calibrate.ipynb #79701796
+@patch
+def _secant(self: _Damage, low: float, high: float) -> float: # where the budget is used up, between the two
+    below, above = (math.log(max(self.used(size), 1e-9)) for size in (low, high))
+    share = min(max(-below / (above - below), 0.1), 0.9) if above > below else 0.5
+    return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
 
-    def _secant(self, low: float, high: float) -> float:
-        below, above = (math.log(max(self.used(size), 1e-9)) for size in (low, high))
-        share = min(max(-below / (above - below), 0.1), 0.9) if above > below else 0.5
-        return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+@patch
+def edge(self: _Damage, start: float, most: float, passes: int = 10, accuracy: float = 0.02) -> float:
+    "The largest strength inside the budget, to 2%; at most `most`."
+    low, high, size = 0.0, math.inf, min(start, most)
+    for _ in range(passes):
+        share = self.used(size)
+        if share <= 1:
+            low = max(low, size)
+        else:
+            high = min(high, size)
+        if low >= most or (low and high / low <= 1 + accuracy):
+            break
+        if low and math.isfinite(high):
+            guess = min(most, max(self._secant(low, high), size / 8), size * 8)
+            size = min(max(guess, low * (1 + accuracy / 2)), high * (1 - accuracy / 4))
+        else:
+            guess = size * max(share, 1e-9) ** -0.5 * (1 - accuracy / 2) # KL grows like the square
+            size = min(most, max(guess, size / 8), size * 8)
+    return low
 
 # %% ../nbs/07_calibrate.ipynb #348ce98f
 class _Search:
@@ -148,48 +151,49 @@ class _Search:
         self.bar.update(strength=strength)
 
     def best(self) -> float: # a score that is nan is worse than any
-        return max(
-            sorted(self.scores), key=lambda size: -math.inf if math.isnan(self.scores[size]) else self.scores[size]
-        )
+        value = lambda size: -math.inf if math.isnan(self.scores[size]) else self.scores[size]
+        return max(sorted(self.scores), key=value)
 
-    def next(self, edge: float, tolerance: float) -> float | None:
-        "Where to measure next, None when there is nothing left to learn."
-        sizes, best = sorted(self.scores), self.best()
-        i, fine = sizes.index(best), tolerance * (best or edge)
-        left, right = (sizes[i - 1] if i else None), (sizes[i + 1] if i + 1 < len(sizes) else None)
-        if max(abs(best - other) for other in (left, right) if other is not None) <= fine:
-            return None
-        if left is None:
-            return right / 4
-        if right is not None and (
-            len(sizes) < 4 or list(self.scores)[-1] == best
-        ): # a parabola, unless the last one led nowhere
-            top = self._parabola(left, best, right)
-            if top is not None and min(abs(top - s) for s in sizes) > fine / 2:
-                return top
-        if right is None:
-            return (left + best) / 2
-        middle = lambda other: math.sqrt(best * other) if other else best / 2
-        return middle(left) if not left or best / left > right / best else middle(right)
+# %% ../nbs/07_calibrate.ipynb #3ec68c0a
+@patch
+def curve(self: _Search) -> pd.DataFrame:
+    columns, sign = ["kl", "ratio", "dose"], self.damage.sign
+    rows = [dict(strength=0.0, score=self.scores.get(0.0, math.nan), kl=0.0, ratio=1.0, dose=0.0)]
+    for size, row in self.damage.rows.items():
+        rows.append(dict(strength=sign * size, score=self.scores.get(size, math.nan), **row[columns]))
+    return pd.DataFrame(rows).sort_values("strength", ignore_index=True)
 
-    def _parabola(self, left: float, best: float, right: float) -> float | None:
-        "The top of the parabola through three points, over the logarithm of the strength where there is one."
-        there, back = (math.log, math.exp) if left else (float, float)
-        (a, b, c), (x, y, z) = map(there, (left, best, right)), (self.scores[s] for s in (left, best, right))
-        below, above = (b - a) * (y - z), (b - c) * (y - x)
-        if not math.isfinite(below - above) or below == above:
-            return None
-        top = b - 0.5 * ((b - a) * below - (b - c) * above) / (below - above)
-        return back(top) if a < top < c else None
+# %% ../nbs/07_calibrate.ipynb #2c83dd21
+@patch
+def _parabola(self: _Search, left: float, best: float, right: float) -> float | None:
+    "The top of the parabola through three points, over the logarithm of the strength where there is one."
+    there, back = (math.log, math.exp) if left else (float, float)
+    (a, b, c), (x, y, z) = map(there, (left, best, right)), (self.scores[s] for s in (left, best, right))
+    below, above = (b - a) * (y - z), (b - c) * (y - x)
+    if not math.isfinite(below - above) or below == above:
+        return None
+    top = b - 0.5 * ((b - a) * below - (b - c) * above) / (below - above)
+    return back(top) if a < top < c else None
 
-    def curve(self) -> pd.DataFrame:
-        known, sign = self.damage.rows, self.damage.sign
-        rows = [dict(strength=0.0, score=self.scores.get(0.0, math.nan), kl=0.0, ratio=1.0, dose=0.0)]
-        rows += [
-            dict(strength=sign * s, score=self.scores.get(s, math.nan), **known[s][["kl", "ratio", "dose"]])
-            for s in known
-        ]
-        return pd.DataFrame(rows).sort_values("strength", ignore_index=True)
+# %% ../nbs/07_calibrate.ipynb #a9bbb62f
+@patch
+def next(self: _Search, edge: float, tolerance: float) -> float | None:
+    "Where to measure next, None when there is nothing left to learn."
+    sizes, best = sorted(self.scores), self.best()
+    i, fine = sizes.index(best), tolerance * (best or edge)
+    left, right = (sizes[i - 1] if i else None), (sizes[i + 1] if i + 1 < len(sizes) else None)
+    if all(abs(best - other) <= fine for other in (left, right) if other is not None):
+        return None
+    if left is None:
+        return right / 4
+    if right is None:
+        return (left + best) / 2
+    last_led_here = len(sizes) < 4 or list(self.scores)[-1] == best
+    top = self._parabola(left, best, right) if last_led_here else None
+    if top is not None and min(abs(top - size) for size in sizes) > fine / 2:
+        return top
+    wider = left if not left or best / left > right / best else right
+    return math.sqrt(best * wider) if wider else best / 2
 
 # %% ../nbs/07_calibrate.ipynb #07b52a20
 @dataclass(frozen=True)
@@ -197,14 +201,28 @@ class Calibration:
     "The strength found, and what was measured on the way."
 
     steering: Steering | Steerings # at the strength found
-    strength: (
-        float # what the given vector was multiplied by; 0 if nothing inside the budget is better than not steering
-    )
+    strength: float # what the given vector was multiplied by; 0 if nothing inside the budget beats not steering
     score: float # there
     unsteered: float # the score at strength 0
     edge: float # where the budget ends, or the strongest strength looked at if it does not end
     curve: pd.DataFrame # as `strength_curve`; the score is nan where only the damage was measured
     evaluations: int # scores measured
+
+# %% ../nbs/07_calibrate.ipynb #9b92c29c
+def _check_search(sign: int, evaluations: int, start: float, most: float) -> None:
+    if sign not in (-1, 1):
+        raise ValueError(f"sign must be 1 or -1, not {sign}.")
+    if evaluations < 3:
+        raise ValueError(f"evaluations={evaluations}: at least 3 (none, the edge, and one between).")
+    if not 0 < start <= most:
+        raise ValueError(f"start={start} must be positive and at most most={most}.")
+
+def _edge(damage: _Damage, start: float, most: float) -> float:
+    edge = damage.edge(start, most)
+    if not edge:
+        least = min(damage.rows)
+        raise ValueError(f"Every strength looked at, down to {least:.2g}, is beyond the budget; give a smaller start.")
+    return edge
 
 # %% ../nbs/07_calibrate.ipynb #22575e8a
 def calibrate(
@@ -222,24 +240,16 @@ def calibrate(
     progress: bool = True, # show a bar when it takes long
 ) -> Calibration:
     "The strength with the highest score whose side effects stay within the budget."
-    if sign not in (-1, 1):
-        raise ValueError(f"sign must be 1 or -1, not {sign}.")
-    if evaluations < 3:
-        raise ValueError(f"evaluations={evaluations}: at least 3 (none, the edge, and one between).")
-    if not 0 < start <= most:
-        raise ValueError(f"start={start} must be positive and at most most={most}.")
+    _check_search(sign, evaluations, start, most)
+    damage = _Damage(lm, steering, budget, sign, neutral)
     with Progress(evaluations, "calibrate", "score", shown=progress) as bar:
-        search = _Search(damage := _Damage(lm, steering, budget, sign, neutral), score, bar)
-        edge = damage.edge(start, most)
-        if not edge:
-            raise ValueError(
-                f"Every strength looked at, down to {min(damage.rows):.2g}, is beyond the budget; give a smaller start."
-            )
+        search, edge = _Search(damage, score, bar), _edge(damage, start, most)
         for size in (0.0, edge, edge / 2):
             search.measure(size)
         while len(search.scores) < evaluations and (size := search.next(edge, tolerance)) is not None:
             search.measure(size)
     best, scores = search.best(), search.scores
+    strength = sign * best
     return Calibration(
-        sign * best * steering, sign * best, scores[best], scores[0.0], sign * edge, search.curve(), len(scores)
+        strength * steering, strength, scores[best], scores[0.0], sign * edge, search.curve(), len(scores)
     )
