@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
-from .lm import LM, Pair, Progress, TokenPositions, block_input
+from .lm import LM, Messages, Pair, Progress, TokenPositions, block_input
 from .next_token import log_odds, measure_next_tokens, next_token_logits, refusal_scores, refusal_tokens
 from .steering import Positions, Steering, parse_positions, position_mask
 
 # %% auto #0
-__all__ = ['chosen_tokens', 'states_of', 'caa', 'pca_direction', 'random_like', 'Selection', 'RefusalDirection',
-           'RefusalCandidates', 'NoDirection', 'refusal_direction', 'Prompted', 'prefill', 'few_shot']
+__all__ = ['chosen_tokens', 'states_of', 'caa', 'pca_direction', 'random_like', 'Selection', 'RefusalCandidates', 'NoDirection',
+           'RefusalDirection', 'refusal_direction', 'Prompted', 'prefill', 'few_shot']
 
 # %% ../nbs/05_baselines.ipynb #d94e3a2f
 def chosen_tokens(
@@ -30,6 +31,20 @@ def chosen_tokens(
     at = (mask.long().cumsum(-1) - 1).clamp(min=0)
     if isinstance(rule, int): return mask & (at == rule + mask.sum(-1, keepdim=True) * (rule < 0))
     return position_mask(rule, TokenPositions(at, mask, ends, torch.arange(len(mask), device=mask.device)))
+
+# %% ../nbs/05_baselines.ipynb #5df2908d
+def _tokens(lm: LM, text: str | tuple[str, str]) -> Pair:
+    if not isinstance(text, str):
+        return lm.encode_pair(*text)
+    ids = lm.encode(text)
+    return Pair(tuple(ids), len(ids))
+
+def _check_chosen(rule: int | str, positions: int | Positions, texts: Sequence, pairs: Sequence[Pair]) -> None:
+    if not pairs:
+        raise ValueError("No texts were given.")
+    for text, pair in zip(texts, pairs, strict=True):
+        if not chosen_tokens(rule, torch.ones(1, len(pair.ids), dtype=torch.bool), torch.tensor([pair.boundary])).any():
+            raise ValueError(f"positions={positions!r} selects no token of {text!r}, which has {len(pair.ids)} tokens.")
 
 # %% ../nbs/05_baselines.ipynb #22532dad
 @torch.no_grad()
@@ -57,35 +72,7 @@ def states_of(
             bar.update(len(batch))
     return torch.cat(means)
 
-def _tokens(lm: LM, text: str | tuple[str, str]) -> Pair:
-    if not isinstance(text, str):
-        return lm.encode_pair(*text)
-    ids = lm.encode(text)
-    return Pair(tuple(ids), len(ids))
-
-def _check_chosen(rule: int | str, positions: int | Positions, texts: Sequence, pairs: Sequence[Pair]) -> None:
-    if not pairs:
-        raise ValueError("No texts were given.")
-    for text, pair in zip(texts, pairs, strict=True):
-        if not chosen_tokens(rule, torch.ones(1, len(pair.ids), dtype=torch.bool), torch.tensor([pair.boundary])).any():
-            raise ValueError(f"positions={positions!r} selects no token of {text!r}, which has {len(pair.ids)} tokens.")
-
-# %% ../nbs/05_baselines.ipynb #8745dadd
-def caa(
-    lm: LM, # the model
-    positive: Sequence[str | tuple[str, str]], # texts that show it, or pairs of a prompt and an answer that does
-    negative: Sequence[str | tuple[str, str]], # as many that do not, in the same order
-    layer: int, # where the states are read, and the vector acts
-    positions: int | Positions = -1, # which token is read, or the mean over which (see `states_of`)
-    *,
-    norm: float | None = None, # rescale the vector to this norm; as measured if None
-    batch_size: int = 16, # rows per pass
-    progress: bool = True, # show a bar when it takes long
-) -> Steering: # adds the vector at every token; `.replace(mode="clamp")` for the paper's form
-    "Contrastive activation addition (Rimsky et al., 2023): the mean difference of the states of pairs of texts."
-    differences = _differences(lm, positive, negative, layer, positions, batch_size, progress)
-    return _vector(lm, differences.mean(0), layer, norm, recipe="caa", pairs=len(positive), read_at=str(positions))
-
+# %% ../nbs/05_baselines.ipynb #d9cebbf7
 def _differences(
     lm: LM,
     positive: Sequence,
@@ -105,6 +92,22 @@ def _vector(lm: LM, direction: Tensor, layer: int, norm: float | None, **about) 
     if not length > 0:
         raise ValueError(f"The two kinds of text have the same states at layer {layer}; read another token or layer.")
     return Steering(direction if norm is None else direction * (norm / length), layer, about=lm.about() | about)
+
+# %% ../nbs/05_baselines.ipynb #8745dadd
+def caa(
+    lm: LM, # the model
+    positive: Sequence[str | tuple[str, str]], # texts that show it, or pairs of a prompt and an answer that does
+    negative: Sequence[str | tuple[str, str]], # as many that do not, in the same order
+    layer: int, # where the states are read, and the vector acts
+    positions: int | Positions = -1, # which token is read, or the mean over which (see `states_of`)
+    *,
+    norm: float | None = None, # rescale the vector to this norm; as measured if None
+    batch_size: int = 16, # rows per pass
+    progress: bool = True, # show a bar when it takes long
+) -> Steering: # adds the vector at every token; `.replace(mode="clamp")` for the paper's form
+    "Contrastive activation addition (Rimsky et al., 2023): the mean difference of the states of pairs of texts."
+    differences = _differences(lm, positive, negative, layer, positions, batch_size, progress)
+    return _vector(lm, differences.mean(0), layer, norm, recipe="caa", pairs=len(positive), read_at=str(positions))
 
 # %% ../nbs/05_baselines.ipynb #98537238
 def pca_direction(
@@ -159,7 +162,8 @@ def _shared_end(
         count += 1
     if not count:
         raise ValueError(
-            f"The prompts do not end with the same tokens as the template of {lm.name}; pass positions=, e.g. 1."
+            f"The prompts do not end with the same tokens as the template of {lm.name}; "
+            "pass selection=Selection(positions=...), e.g. 1."
         )
     return count
 
@@ -201,6 +205,22 @@ def _candidates(
     return pd.DataFrame(rows)
 
 # %% ../nbs/05_baselines.ipynb #3ac26f23
+def _divergence_from_unsteered(
+    lm: LM, prompts: Sequence[Sequence[int]], batch_size: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    plain = {
+        p: z
+        for _, prompt, logits in next_token_logits(lm, prompts, [None], batch_size)
+        for p, z in zip(prompt.tolist(), logits.log_softmax(-1), strict=True)
+    }
+
+    def divergence(logits: Tensor, prompt: Tensor) -> Tensor: # [rows] in nats
+        before = torch.stack([plain[p] for p in prompt.tolist()])
+        return (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
+
+    return divergence
+
+# %% ../nbs/05_baselines.ipynb #5648a5e0
 def _measured(
     lm: LM, table: pd.DataFrame, harmful: Sequence, harmless: Sequence, score: Callable, batch_size: int, progress: bool
 ) -> pd.DataFrame: # the candidates with their three numbers
@@ -217,41 +237,32 @@ def _measured(
         ablated=ablated.mean(1).tolist(), kl=kl.mean(1).tolist(), induced=torch.cat(induced).mean(1).tolist()
     )
 
-def _divergence_from_unsteered(
-    lm: LM, prompts: Sequence[Sequence[int]], batch_size: int
-) -> Callable[[Tensor, Tensor], Tensor]:
-    plain = {
-        p: z
-        for _, prompt, logits in next_token_logits(lm, prompts, [None], batch_size)
-        for p, z in zip(prompt.tolist(), logits.log_softmax(-1), strict=True)
-    }
-
-    def divergence(logits: Tensor, prompt: Tensor) -> Tensor: # [rows] in nats
-        before = torch.stack([plain[p] for p in prompt.tolist()])
-        return (before.exp() * (before - logits.log_softmax(-1))).sum(-1)
-
-    return divergence
-
 # %% ../nbs/05_baselines.ipynb #78a61e91
 @dataclass(frozen=True)
 class Selection:
-    "Which requests are used, and which candidates may be picked; the defaults are those of Arditi et al. (2024)."
+    "Which requests are used, where candidates come from, which may be picked; defaults as in Arditi et al. (2024)."
     refused: float | None = 0.0 # a request counts as refused above this score; others are left out, or none if None
     kl: float = 0.1 # nats on harmless requests under ablation, at most
     induced: float = 0.0 # score of harmless requests with the vector added, above this
     depth: float = 0.8 # layers below this share of the blocks
+    layers: Sequence[int] | None = None # these layers instead
+    positions: int | None = None # how many last tokens of the prompt give candidates; those of the template if None
+
+@patch
+def _layers_of(self: Selection, lm: LM) -> list[int]:
+    if self.layers is None:
+        return list(range(int(self.depth * lm.n_layers)))
+    return sorted({lm.check_layer(layer) for layer in self.layers})
+
+@patch
+def _count_of(self: Selection, lm: LM, prompts: Sequence[Sequence[int]]) -> int: # last tokens of all prompts
+    count = _shared_end(lm, prompts, _frame(lm, None)[1]) if self.positions is None else self.positions
+    shortest = min(map(len, prompts))
+    if not 1 <= count <= shortest:
+        raise ValueError(f"positions={count}: the shortest prompt has {shortest} tokens; take 1 to {shortest}.")
+    return count
 
 # %% ../nbs/05_baselines.ipynb #19a7044e
-@dataclass(frozen=True, eq=False)
-class RefusalDirection:
-    "One direction in its two uses, and how it was chosen."
-
-    ablating: Steering # removes it at the input of every block
-    adding: Steering # adds the difference at its own layer; negate it to subtract
-    candidates: pd.DataFrame # one row per candidate: layer, position, token, norm, ablated, kl, induced, picked
-    unsteered: dict[str, float] # mean scores of the validation requests without steering: harmful, harmless
-    requests: dict[str, int] # how many of each kind were used
-
 @dataclass(frozen=True, eq=False)
 class RefusalCandidates:
     "All directions that were tried, to pick one from."
@@ -263,37 +274,46 @@ class RefusalCandidates:
     requests: dict[str, int] # as in `RefusalDirection`
     about: dict # of the model and the requests
 
-    def pick(
-        self,
-        selection: Selection = Selection(), # its bounds on KL and on the induced score
-    ) -> RefusalDirection:
-        "The candidate that removes refusing most within the bounds. Raises `NoDirection` if there is none."
-        gentle, induces = self.table.kl <= selection.kl, self.table.induced > selection.induced
-        if not (gentle & induces).any():
-            counts = f"KL <= {selection.kl:g} holds for {gentle.sum()}, an induced score > {selection.induced:g} for {induces.sum()}"
-            raise NoDirection(
-                f"Of {len(self.table)} candidates none may be picked: {counts}, both for none. Look at this error's "
-                ".candidates.table, and take one with .candidates.pick(Selection(kl=..., induced=...)).",
-                self,
-            )
-        best = int(self.table.ablated[gentle & induces].idxmin())
-        row, vector = self.table.loc[best], self.directions[best]
-        layer, about = int(row.layer), self.about | {name: float(row[name]) for name in ("ablated", "kl", "induced")}
-        about |= dict(layer=layer, position=int(row.position))
-        return RefusalDirection(
-            Steering(vector, range(self.n_layers), mode="ablate", about=about),
-            Steering(vector, layer, about=about),
-            self.table.assign(picked=self.table.index == best),
-            self.unsteered,
-            self.requests,
-        )
-
 class NoDirection(ValueError):
     "No candidate may be picked; `.candidates` has all that were tried."
 
     def __init__(self, message: str, candidates: RefusalCandidates):
         super().__init__(message)
         self.candidates = candidates
+
+# %% ../nbs/05_baselines.ipynb #cb5f7d7a
+@dataclass(frozen=True, eq=False)
+class RefusalDirection:
+    "One direction in its two uses, and how it was chosen."
+
+    ablating: Steering # removes it at the input of every block
+    adding: Steering # adds the difference at its own layer; negate it to subtract
+    candidates: pd.DataFrame # one row per candidate: layer, position, token, norm, ablated, kl, induced, picked
+    unsteered: dict[str, float] # mean scores of the validation requests without steering: harmful, harmless
+    requests: dict[str, int] # how many of each kind were used
+
+# %% ../nbs/05_baselines.ipynb #ace86922
+@patch
+def pick(
+    self: RefusalCandidates,
+    selection: Selection = Selection(), # its bounds on KL and on the induced score
+) -> RefusalDirection:
+    "The candidate that removes refusing most within the bounds. Raises `NoDirection` if there is none."
+    table, gentle, induces = self.table, self.table.kl <= selection.kl, self.table.induced > selection.induced
+    if not (gentle & induces).any():
+        raise NoDirection(
+            f"Of {len(table)} candidates none may be picked: KL <= {selection.kl:g} holds for {gentle.sum()}, an induced "
+            f"score > {selection.induced:g} for {induces.sum()}, both for none. Look at this error's .candidates.table, "
+            "and take one with .candidates.pick(Selection(kl=..., induced=...)).",
+            self,
+        )
+    best = int(table.ablated[gentle & induces].idxmin())
+    row, vector = table.loc[best], self.directions[best]
+    about = self.about | {name: float(row[name]) for name in ("ablated", "kl", "induced")}
+    about |= dict(layer=int(row.layer), position=int(row.position))
+    ablating = Steering(vector, range(self.n_layers), mode="ablate", about=about)
+    adding = Steering(vector, int(row.layer), about=about)
+    return RefusalDirection(ablating, adding, table.assign(picked=table.index == best), self.unsteered, self.requests)
 
 # %% ../nbs/05_baselines.ipynb #2bc60195
 _KINDS = ("harmful", "harmless", "harmful validation", "harmless validation")
@@ -310,52 +330,44 @@ def _informative(sets: dict[str, list[str]], scores: dict[str, Tensor], bound: f
     used = {kind: [p for p, keep in zip(sets[kind], kept[kind].tolist(), strict=True) if keep] for kind in sets}
     return used, {kind: scores[kind][kept[kind]] for kind in sets}
 
+# %% ../nbs/05_baselines.ipynb #7006cf40
+def _prompts_by_kind(lm: LM, requests: Sequence[Sequence[str | Messages]]) -> dict[str, list[str]]:
+    prompts = {kind: [lm.chat(request) for request in group] for kind, group in zip(_KINDS, requests, strict=True)}
+    if empty := [kind for kind, group in prompts.items() if not group]:
+        raise ValueError(f"There are no {empty[0]} requests.")
+    return prompts
+
 # %% ../nbs/05_baselines.ipynb #cc3ac6e8
 def refusal_direction(
     lm: LM, # the model
-    harmful: Sequence[str], # requests it refuses, as a user would write them
-    harmless: Sequence[str], # requests it answers
-    validation: tuple[Sequence[str], Sequence[str]], # others of both kinds, to choose with: harmful, harmless
+    harmful: Sequence[str | Messages], # requests it refuses, as a user would write them; or whole conversations
+    harmless: Sequence[str | Messages], # requests it answers
+    validation: tuple[Sequence[str | Messages], Sequence[str | Messages]], # harmful, harmless: others, to choose with
     *,
     refusals: Sequence[str] = ("I", "As"), # how refusals begin; the first token of each counts
-    system: str | None = None, # system message; the template's own default if None
-    layers: Sequence[int] | None = None, # where candidates come from; all layers up to the selection's depth if None
-    positions: int | None = None, # how many last tokens of the prompt give candidates; those of the template if None
-    selection: Selection = Selection(), # which requests are used, which candidates may be picked
+    selection: Selection = Selection(), # which requests are used, where candidates come from and which may be picked
     batch_size: int = 32, # rows per pass
     progress: bool = True, # show a bar when it takes long
 ) -> RefusalDirection:
     "The difference in means that removes refusing most, among those that do little harm (Arditi et al., 2024)."
-    if layers is None: layers = range(int(selection.depth * lm.n_layers))
-    else: layers = sorted({lm.check_layer(i) for i in layers})
-    requests = dict(zip(_KINDS, (harmful, harmless, *validation), strict=True))
-    sets = {kind: [lm.chat(request, system=system) for request in group] for kind, group in requests.items()}
-    if empty := [kind for kind, prompts in sets.items() if not prompts]:
-        raise ValueError(f"There are no {empty[0]} requests.")
-    tokens = refusal_tokens(lm, sets["harmful"][0], refusals)
-    score = lambda logits, prompt: log_odds(logits, tokens)
-    scores = {kind: refusal_scores(lm, prompts, refusals, batch_size, progress) for kind, prompts in sets.items()}
+    layers, prompts = selection._layers_of(lm), _prompts_by_kind(lm, (harmful, harmless, *validation))
+    tokens = refusal_tokens(lm, prompts["harmful"][0], refusals)
+    scores = {kind: refusal_scores(lm, group, refusals, batch_size, progress) for kind, group in prompts.items()}
     if selection.refused is not None:
-        sets, scores = _informative(sets, scores, selection.refused)
-    ids = {kind: [lm.encode(p) for p in prompts] for kind, prompts in sets.items()}
-    everything = [prompt for group in ids.values() for prompt in group]
-    count = _shared_end(lm, everything, _frame(lm, system)[1]) if positions is None else positions
-    shortest = min(map(len, everything))
-    if not 1 <= count <= shortest:
-        raise ValueError(f"positions={count}: the shortest prompt has {shortest} tokens; take 1 to {shortest}.")
+        prompts, scores = _informative(prompts, scores, selection.refused)
+    ids = {kind: [lm.encode(prompt) for prompt in group] for kind, group in prompts.items()}
+    count = selection._count_of(lm, [prompt for group in ids.values() for prompt in group])
     table = _candidates(lm, ids["harmful"], ids["harmless"], layers, count, batch_size)
-    table = _measured(lm, table, ids["harmful validation"], ids["harmless validation"], score, batch_size, progress)
-    unsteered = {kind: scores[f"{kind} validation"].mean().item() for kind in _KINDS[:2]}
-    about = dict(lm.about(), recipe="refusal_direction", refusals=list(refusals))
-    candidates = RefusalCandidates(
+    table = _measured(lm, table, ids["harmful validation"], ids["harmless validation"],
+                      lambda logits, prompt: log_odds(logits, tokens), batch_size, progress)
+    return RefusalCandidates(
         table.drop(columns="direction"),
         torch.stack(list(table.direction)),
         lm.n_layers,
-        unsteered,
-        {kind: len(prompts) for kind, prompts in sets.items()},
-        about,
-    )
-    return candidates.pick(selection)
+        unsteered={kind: scores[f"{kind} validation"].mean().item() for kind in _KINDS[:2]},
+        requests={kind: len(group) for kind, group in prompts.items()},
+        about=dict(lm.about(), recipe="refusal_direction", refusals=list(refusals)),
+    ).pick(selection)
 
 # %% ../nbs/05_baselines.ipynb #52e720e8
 @dataclass(frozen=True)
@@ -369,7 +381,8 @@ def prefill(
     text: str, # the first words of the answer
 ) -> Prompted:
     "Begin the answer for the model."
-    if not text: raise ValueError("An empty prefill changes nothing.")
+    if not text:
+        raise ValueError("An empty prefill changes nothing.")
     return Prompted(lambda prompt: prompt + text, said=text)
 
 # %% ../nbs/05_baselines.ipynb #06d4b60b

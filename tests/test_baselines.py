@@ -237,10 +237,21 @@ def test_refusal_selection_keeps_to_its_bounds(tmp_path):
         refusal_direction(lm, *given, **options, selection=Selection(refused=None, kl=-1.0))
     assert caught.value.candidates.table.equals(table.drop(columns="picked"))
     assert torch.equal(caught.value.candidates.pick(bounds).adding.vector, found.adding.vector)
-    some = refusal_direction(lm, *given, **options, selection=EVERYTHING, layers=[2, -1], positions=2).candidates
+    some = refusal_direction(lm, *given, **options, selection=dataclasses.replace(EVERYTHING, layers=[2, -1], positions=2)).candidates
     assert set(some.layer) == {2, 3} and set(some.position) == {-1, -2}
     same = table.set_index(["layer", "position"]).ablated
     assert some[some.layer == 2].ablated.tolist() == pytest.approx([same[2, -2], same[2, -1]], abs=1e-4)
+
+
+def test_requests_may_be_conversations():
+    lm, given = tiny_lm(), (REQUESTS[:2], REQUESTS[2:4], (REQUESTS[4:6], REQUESTS[6:]))
+    spoken = lambda requests: [[dict(role="user", content=r)] for r in requests]
+    briefly = lambda requests: [[dict(role="system", content="Be brief."), *r] for r in spoken(requests)]
+    ask = lambda form: refusal_direction(lm, *map(form, given[:2]), tuple(map(form, given[2])), refusals=LETTERS, selection=EVERYTHING)
+    plain = ask(list)
+    assert torch.equal(ask(spoken).adding.vector, plain.adding.vector) and ask(spoken).unsteered == plain.unsteered
+    by_hand = mean(score_by_hand(lm, lm.chat(r, system="Be brief.")) for r in REQUESTS[4:6])
+    assert ask(briefly).unsteered["harmful"] == pytest.approx(by_hand, abs=2e-3) != plain.unsteered["harmful"]
 
 
 def test_candidates_are_the_same_where_blocks_cannot_be_skipped():
@@ -300,10 +311,10 @@ def test_refusal_direction_says_what_is_missing():
     with pytest.raises(ValueError, match="no harmless validation requests"):
         refusal_direction(lm, ["a"], ["b"], (["c"], []))
     with pytest.raises(ValueError, match="do not depend on the request"):
-        refusal_direction(lm, ["a"], ["b"], (["c"], ["d"]), selection=EVERYTHING, layers=[0])
+        refusal_direction(lm, ["a"], ["b"], (["c"], ["d"]), selection=dataclasses.replace(EVERYTHING, layers=[0]))
     for positions in (0, 100):
         with pytest.raises(ValueError, match=f"positions={positions}: the shortest prompt has"):
-            refusal_direction(lm, ["a"], ["b"], (["c"], ["d"]), selection=EVERYTHING, positions=positions)
+            refusal_direction(lm, ["a"], ["b"], (["c"], ["d"]), selection=dataclasses.replace(EVERYTHING, positions=positions))
 
 
 CHATML = (
