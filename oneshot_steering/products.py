@@ -20,7 +20,7 @@ __all__ = ['onednn_products', 'fast_products']
 
 # %% ../nbs/00a_products.ipynb #pr000008
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "").data # no view, which could not be changed in place
 
 class _Product(torch.autograd.Function):
     "x W^T + b with its gradient with respect to x; the weights are frozen."
@@ -43,11 +43,10 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 # %% ../nbs/00a_products.ipynb #pr00000a
 @contextmanager
 def onednn_products(
-    model: nn.Module, # its plain `nn.Linear` layers take part, unless somebody else has replaced their forward or their weights
+    model: nn.Module, # its plain `nn.Linear` layers take part, unless somebody else has replaced their forward
 ) -> Iterator[None]:
     "Within this context the linear layers of a module multiply with oneDNN where their input and weights allow it."
-    plain = lambda m: type(m) is nn.Linear and type(m.weight) is nn.Parameter and "forward" not in vars(m)
-    layers = [m for m in model.modules() if plain(m)]
+    layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
     try:
         for layer in layers: vars(layer)["forward"] = partial(_linear, layer)
         yield

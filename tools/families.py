@@ -6,7 +6,6 @@ import datetime
 import hashlib
 import json
 import os
-import selectors
 import subprocess
 import sys
 import threading
@@ -24,8 +23,9 @@ WORKERS = int(os.environ.get("FAMILY_WORKERS") or 2)
 BF16 = ("llama", "gemma3_text", "gpt2", "gpt_oss", "mamba", "qwen3_5_text", "phi3", "bloom")  # checked in bf16 too
 VERDICTS = {
     "verified": "every check holds",
-    "warned": "right, with a warning",
-    "refused": "the library raises an error that says why",
+    "warned": "every check holds, and the library warns",
+    "in part": "right for single texts, or at other layers; what is not right is refused with the error that is named",
+    "refused": "the library raises the error that is named",
     "not made": "no tiny model of it could be made or run on text alone, so nothing is known",
     "WRONG": "something differs",
 }
@@ -77,12 +77,20 @@ class Worker:
     "A process that checks families one after another; it is started again after a crash or a hang."
 
     def __init__(self):
-        self.process = None
+        self.process, self.lines = None, None
 
     def start(self):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1)
         self.process = subprocess.Popen([sys.executable, __file__, "--worker"], env=environment, cwd=ROOT, **pipes)
+        self.lines = Queue()
+        threading.Thread(target=self.read, args=(self.process.stdout, self.lines), daemon=True).start()
+
+    @staticmethod
+    def read(output, lines):
+        for line in output:
+            lines.put(json.loads(line))
+        lines.put(None)  # it has ended
 
     def stop(self):
         if self.process:
@@ -91,25 +99,22 @@ class Worker:
         self.process = None
 
     def check(self, job):
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
             self.start()
         self.process.stdin.write(json.dumps(job) + "\n")
-        began, stage, ended = time.monotonic(), "starting", "ran longer than {LIMIT} s"
-        with selectors.DefaultSelector() as ready:
-            ready.register(self.process.stdout, selectors.EVENT_READ)
-            while (left := LIMIT + 60 * (stage == "starting") - (time.monotonic() - began)) > 0 and ready.select(left):
-                line = self.process.stdout.readline()
-                if not line:
-                    ended = "the process crashed"
-                    break
-                answer = json.loads(line)
+        began, stage = time.monotonic(), "starting"
+        try:
+            while answer := self.lines.get(timeout=max(0, began + LIMIT - time.monotonic())):
                 if "stage" not in answer:
                     return answer | dict(seconds=round(time.monotonic() - began, 1))
                 stage = answer["stage"]
+            ended = "the process crashed"
+        except Empty:
+            ended = f"it ran longer than {LIMIT} s"
         self.stop()
         outcome = "not made" if stage in ("starting", "making") else "WRONG"
-        why = f"{stage}: {ended.format(LIMIT=LIMIT)}"
-        return dict(family=job[0], cls=job[1], dtype=job[2], verdict=outcome, why=why, checks={}, seconds=LIMIT)
+        seconds = round(time.monotonic() - began, 1)
+        return dict(family=job[0], cls=job[1], dtype=job[2], verdict=outcome, why=f"{stage}: {ended}", checks={}, seconds=seconds)
 
 
 def known(current):
@@ -149,33 +154,35 @@ def sweep(jobs):
 
 def page(rows):
     "The page as Markdown."
-    rows = sorted(rows, key=lambda row: (row["dtype"] != "float32", row["family"].lower(), row["cls"]))
-    plain, half = ([row for row in rows if row["dtype"] == dtype] for dtype in ("float32", "bfloat16"))
+    from tiny_models import variants
+
+    rows = sorted(rows, key=lambda row: (row["family"].lower(), row["cls"]))
+    half = [row for row in rows if row["dtype"] == "bfloat16"]
+    further = [row for row in rows if (row["family"], row["cls"]) in variants()]
+    plain = [row for row in rows if row not in half and row not in further]
     counts = Counter(row["verdict"] for row in plain)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "oneshot-steering"))
     told = ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name])
-    lines = [
-        "# Supported models", "",
-        "> Every family of language models that transformers knows, and whether steering it is right.", "",
-        f"Of the {len(plain)} language models that transformers can load by name, in text and in text with images, this is known: {told}.",
+    versions = ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "oneshot-steering"))
+    return "\n".join([
+        "# Supported models", "", "> Every family of language models that transformers knows, and whether steering it is right.", "",
+        f"Of the {len(plain)} language models that transformers can load by name, with text alone or text and images: {told}.",
         f"Made on {datetime.date.today()} by `make families` with {versions}.", "",
-        "A tiny random model of each family is compared with its own forward pass, written by hand with a hook, a text at a time:",
-        "", *(f"- {what}" for what in COMPARED), "",
+        "A tiny random model of each family is compared with its own forward pass, written by hand with a hook, a text at a time:", "",
+        *(f"- {what}" for what in COMPARED), "",
         "A tiny model has every mechanism of its family, but not its weights: what depends on those (a tokenizer, a chat template, "
         "how much a vector achieves) is not known from here.", "", "What is said of a family:", "",
         *(f"- **{name}**: {meaning}." for name, meaning in VERDICTS.items() if counts[name]), "",
         "## Families", "", *table(plain), "",
-        "## In bf16", "",
-        "Some families once more in bf16, with the tolerance that its eight bits of precision want.", "", *table(half),
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+        "## Other settings", "", "Settings of a family that change how it computes.", "", *table(further), "",
+        "## In bf16", "", "Some families once more in bf16, with a tolerance for its eight bits of precision.", "", *table(half), "",
+    ])  # fmt: skip
 
 
 def table(rows):
     "A row per model."
     yield from ("| family | class | outcome | why |", "|---|---|---|---|")
     for row in rows:
-        why = row["why"].replace("|", "\\|").replace("<", "&lt;").replace("\n", " ").replace("`", "'")
+        why = row["why"].replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
         yield f"| {row['family']} | {row['cls']} | {row['verdict']} | {why} |"
 
 
