@@ -73,7 +73,7 @@ class AppPage:
 
 # %% ../nbs/16a_app.ipynb #af521d1a
 def model_named(
-    name: str | None = None, # as vectors call it, or what `load_lm` takes; "MODEL+ORGANISM" or "ORGANISM" for an organism
+    name: str | None = None, # as vectors call it, or what `load_lm` takes, or "ORGANISM"
 ) -> LM:
     "The model of that name."
     behaviour = (name or "").rpartition("+")[2]
@@ -123,11 +123,12 @@ def page_notebook(
     return dict(nbformat=4, nbformat_minor=5, metadata=kernel, cells=cells)
 
 # %% ../nbs/16a_app.ipynb #20fd5feb
-def _introduction(vectors: Sequence[str] = (), model: str | None = None, **others) -> str: # what the page shows, in two sentences
-    if vectors: return "A steering vector is added to the model while it reads and writes. At strength 0 nothing changes."
+def _introduction(vectors: Sequence[str] = (), model: str | None = None, **others) -> str: # what the page shows
+    acts = "A steering vector is added to {} while it reads and writes. "
+    if vectors: return acts.format("the model") + "At strength 0 nothing changes."
     if model: return "Write what should (not) follow a prompt, press Optimise, and drag the vector that comes out."
-    return ("A steering vector is added to Gemma-3-270M while it reads and writes. It was found from one recipe: "
-            "at strength 0 nothing changes, at 1 the text goes on in Spanish.")
+    return acts.format("Gemma-3-270M") + ("It was found from one recipe: at strength 0 nothing changes, "
+                                          "at 1 the text goes on in Spanish.")
 
 # %% ../nbs/16a_app.ipynb #1c9de0e2
 _OWN_HOST = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:"
@@ -142,7 +143,8 @@ def serve_page(
     "Show the page on this machine until it is interrupted."
     for file in vectors: load_steering(file) # a wrong file is reported here, not in the page
     try: from voila.app import Voila
-    except ImportError as error: raise OSError("The page needs voila: pip install 'oneshot-steering[widgets]'.") from error
+    except ImportError as error:
+        raise OSError("The page needs voila: pip install 'oneshot-steering[widgets]'.") from error
     if not vectors and model is None: embedded_path(TEXT_DEMO.model)
     here = lambda name: str(Path(name).resolve()) if name and Path(name).exists() else name # the kernel runs elsewhere
     out = str(Path.cwd() / "steering.safetensors")
@@ -151,7 +153,8 @@ def serve_page(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steering.ipynb"
         path.write_text(json.dumps(page_notebook(**arguments)), encoding="utf-8")
-        options = [f"--port={port}", "--Voila.ip=127.0.0.1", "--show_tracebacks=True"] + ["--no-browser"] * (not browser)
+        options = [f"--port={port}", "--Voila.ip=127.0.0.1", "--show_tracebacks=True"]
+        options += [] if browser else ["--no-browser"]
         headers = {"headers": {"Content-Security-Policy": _OWN_HOST}}
         print(f"http://127.0.0.1:{port} shows the page; Ctrl-C ends it.", flush=True)
         Voila.launch_instance([str(path), *options], tornado_settings=headers)

@@ -50,11 +50,12 @@ def flip_vectors(
     demo: FlipDemo = FLIP_DEMO, # settings
     scenario: Scenario | None = None, # the example; the demonstration's own if None
 ) -> dict[float, Fit]: # norm -> fit
-    "One vector per norm, from one overseen scenario and its twin with the two actions swapped: make the harmful one likely."
+    "One vector per norm that makes the harmful action likely, from a scenario and its twin with the actions swapped."
     scenario = scenario or demo_scenario(demo)
     orders = scenario_prompt(lm, scenario), scenario_prompt(lm, scenario.swapped)
     examples = swapped_choice(lm, *orders, scenario.harmful, scenario.swapped.harmful, demo.both_signs)
-    jobs = [Job(examples, demo.layer, max_norm=norm, start=demo.start_norm, lr=demo.lr, steps=demo.steps) for norm in demo.norms]
+    settings = dict(start=demo.start_norm, lr=demo.lr, steps=demo.steps)
+    jobs = [Job(examples, demo.layer, max_norm=norm, **settings) for norm in demo.norms]
     return dict(zip(demo.norms, optimize_many(lm, jobs), strict=True))
 
 # %% ../nbs/16_demos.ipynb #18069225
@@ -75,11 +76,14 @@ def flip_summary(
 class TextDemo:
     "The settings of the language demonstration."
     model: str = "gemma-3-270m" # an embedded model
-    prompt: str = "<h1>Pancakes for a lazy Sunday</h1>\n<p>These pancakes are soft, golden and ready in twenty minutes.</p>\n"
-    suppress: tuple[str, ...] = ("<h2>Ingredients</h2>", "<p>The recipe is for four people.</p>", # lines that may come next
-                                 "<p>The children always ask for more.</p>", "<p>They are served with honey and fruit.</p>")
-    promote: tuple[str, ...] = ("<h2>Ingredientes</h2>", "<p>La receta es para cuatro personas.</p>", # the same in Spanish
-                                "<p>Los niños siempre piden más.</p>", "<p>Se sirven con miel y fruta.</p>")
+    prompt: str = ("<h1>Pancakes for a lazy Sunday</h1>\n"
+                   "<p>These pancakes are soft, golden and ready in twenty minutes.</p>\n")
+    suppress: tuple[str, ...] = ( # lines that may come next
+        "<h2>Ingredients</h2>", "<p>The recipe is for four people.</p>",
+        "<p>The children always ask for more.</p>", "<p>They are served with honey and fruit.</p>")
+    promote: tuple[str, ...] = ( # the same in Spanish
+        "<h2>Ingredientes</h2>", "<p>La receta es para cuatro personas.</p>",
+        "<p>Los niños siempre piden más.</p>", "<p>Se sirven con miel y fruta.</p>")
     layer: int = 6 # the input of this block is steered
     lr: float = 1.0 # Adam's learning rate
     steps: int = 20 # of Adam, all of them
@@ -96,7 +100,8 @@ class TextDemo:
     def rule(self, lm: LM) -> Readable: return Readable(lm, self.language, self.perplexity)
 
 TEXT_DEMO = TextDemo()
-READABLE_RATES = ["n", "switched", "readable", "readable low", "readable high", "perplexity", "repetition"] # shown of `rates`
+# Columns of `rates` that are shown
+READABLE_RATES = ["n", "switched", "readable", "readable low", "readable high", "perplexity", "repetition"]
 
 # %% ../nbs/16_demos.ipynb #e9b5bda4
 def fit_language(
@@ -109,7 +114,8 @@ def fit_language(
 # %% ../nbs/16_demos.ipynb #180c8f3b
 @cache
 def _demo_lines(split: str) -> tuple[str, ...]:
-    return tuple((files("oneshot_steering") / "data" / "demos" / f"{split}.txt").read_text(encoding="utf-8").splitlines())
+    file = files("oneshot_steering") / "data" / "demos" / f"{split}.txt"
+    return tuple(file.read_text(encoding="utf-8").splitlines())
 
 def text_prompts(
     split: str = "test", # "test", "validation" or "spanish"

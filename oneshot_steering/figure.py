@@ -238,7 +238,8 @@ def _dial(name: str, given: AnyVector, mark: float | None) -> Dial:
     if isinstance(given, Fit): given = given.steering
     if isinstance(given, Calibration):
         if not given.strength:
-            raise ValueError(f"The calibration of {name!r} found no strength better than 0: there is no vector to turn.")
+            message = f"The calibration of {name!r} found no strength better than 0: there is no vector to turn."
+            raise ValueError(message)
         given, mark = given.steering * (1 / given.strength), given.strength if mark is None else mark
     if not isinstance(given, Steering | Steerings):
         raise TypeError(f"{name!r} is a {type(given).__name__}, not a vector.")

@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # %% auto #0
-__all__ = ['Messages', 'find_blocks', 'TokenPositions', 'LM', 'Pair', 'completion_places', 'Pass', 'block_input', 'Sampling',
-           'Sampler', 'can_select_rows', 'Progress']
+__all__ = ['Messages', 'find_blocks', 'TokenPositions', 'why_unsuitable', 'why_unsuitable_adapter', 'LM', 'Pair',
+           'completion_places', 'Pass', 'uncompiled', 'block_input', 'Sampling', 'Sampler', 'can_select_rows',
+           'Progress']
 
 # %% ../nbs/00_lm.ipynb #fd0d45df
 def find_blocks(
@@ -73,6 +75,39 @@ class TokenPositions:
     prompt_lengths: Tensor # [B] tokens of each row's prompt; everything later is completion
     rows: Tensor # [B] which of the caller's prompts each row is
 
+# %% ../nbs/00_lm.ipynb #7d87f74b
+_OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
+
+def why_unsuitable(
+    architecture: str, # the name of a model's class
+    config: transformers.PretrainedConfig, # its configuration
+) -> str | None: # one sentence; None where nothing speaks against it
+    "Why a model cannot be steered here, as far as its class and configuration tell."
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{architecture} is an encoder-decoder; steering here is for decoder-only models."
+    if architecture.endswith(_OTHER_HEADS):
+        return (f"{architecture} classifies texts and writes none; steering here needs a model with a language-model head "
+                "(...ForCausalLM).")
+    if architecture.endswith("ForMaskedLM") and not getattr(config, "is_decoder", False):
+        return (f"{architecture} reads in both directions and fills gaps; steering here is for models that write from left to "
+                "right (where BERT and its kin were trained as such, `is_decoder=True` is set in their configuration).")
+    return None
+
+# %% ../nbs/00_lm.ipynb #98920796
+def why_unsuitable_adapter(
+    name: str, # of an adapter
+    config: object, # a `peft.PeftConfig`
+) -> str | None: # one sentence; None where nothing speaks against it
+    "Why a model with this PEFT adapter cannot be steered here."
+    if getattr(config, "is_prompt_learning", False):
+        kind = getattr(config.peft_type, "value", config.peft_type).lower().replace("_", " ")
+        return (f"The adapter {name!r} ({kind}) puts {config.num_virtual_tokens} virtual tokens in front of every text, which "
+                "shifts positions and logits; use an adapter that changes weights (LoRA, IA3), or say it in the prompt.")
+    if getattr(config, "alora_invocation_tokens", None):
+        return (f"The adapter {name!r} is an activated LoRA, which changes only what follows its invocation tokens; steering "
+                "here would not know where that is. Use a LoRA that acts everywhere.")
+    return None
+
 # %% ../nbs/00_lm.ipynb #lm1000a3
 class LM:
     "A causal language model with its tokenizer: exact tokens, decoder blocks, generation, log-probabilities."
@@ -84,8 +119,8 @@ class LM:
         name: str | None = None, # how the model is called in saved vectors; its `name_or_path` if None
         layers: str | None = None, # path of the decoder blocks where they cannot be found by structure
     ):
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(model).__name__} is an encoder-decoder; steering here is for decoder-only models.")
+        model = getattr(model, "_orig_mod", model) # of `torch.compile(model)`
+        _check_kind(model)
         self.model, self.tok = model.eval().requires_grad_(False), tok
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.layers = find_blocks(model, layers)
@@ -103,6 +138,19 @@ class LM:
         return (f"LM({self.name}: {type(self.model).__name__}, {self.n_layers} blocks, d_model {self.d_model}, "
                 f"{str(self.dtype).removeprefix('torch.')} on {self.device})")
 
+# %% ../nbs/00_lm.ipynb #2c8ef6f5
+def _check_kind(model: transformers.PreTrainedModel) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise TypeError(f"LM takes a transformers model and its tokenizer, not {str(model)[:60]!r}; "
+                        "load_lm(name_or_path) loads both.")
+    inner = getattr(model, "get_base_model", lambda: model)()
+    if why := why_unsuitable(type(inner).__name__, model.config): raise ValueError(why)
+    _check_adapters(model)
+
+def _check_adapters(model: nn.Module) -> None:
+    for name, config in getattr(model, "peft_config", {}).items():
+        if why := why_unsuitable_adapter(name, config): raise ValueError(why)
+
 # %% ../nbs/00_lm.ipynb #lm000005
 @patch(as_prop=True)
 def n_layers(self: LM) -> int: return len(self.layers)
@@ -111,7 +159,10 @@ def config(self: LM): return self.model.config.get_text_config(decoder=True)
 @patch(as_prop=True)
 def d_model(self: LM) -> int: return self.config.hidden_size
 @patch(as_prop=True)
-def device(self: LM) -> torch.device: return self.model.get_input_embeddings().weight.device
+def device(self: LM) -> torch.device: # where tokens go; embeddings that accelerate keeps elsewhere are brought there
+    embeddings = self.model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or embeddings.weight.device)
 @patch(as_prop=True)
 def dtype(self: LM) -> torch.dtype: return self.model.get_input_embeddings().weight.dtype
 @patch(as_prop=True)
@@ -321,13 +372,30 @@ class Pass:
     def places(self) -> tuple[Tensor, Tensor]: # the distinct (row, column) among `keep` [2, distinct], and which of them each is
         return torch.unique(torch.stack(self.keep), dim=1, return_inverse=True)
 
+# %% ../nbs/00_lm.ipynb #f1c40c82
+class _Uncompiled: # PyTorch has one switch for all threads, which the last one to need it puts back
+    lock, users, switch = threading.Lock(), 0, None
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    "Within this context what `torch.compile` made runs as it was written, so that hooks are called."
+    with _Uncompiled.lock:
+        if not _Uncompiled.users: _Uncompiled.switch = torch.compiler.set_stance("force_eager")
+        _Uncompiled.users += 1
+    try: yield
+    finally:
+        with _Uncompiled.lock:
+            _Uncompiled.users -= 1
+            if not _Uncompiled.users: _Uncompiled.switch.__exit__(None, None, None)
+
 # %% ../nbs/00_lm.ipynb #lm1000b8
 @patch
 @contextmanager
 def at(self: LM, where: TokenPositions) -> Iterator[None]:
     "Announce what the columns of the passes inside are; steering reads it."
     before, self.where = self.where, where
-    try: yield
+    try:
+        with uncompiled(): yield
     finally: self.where = before
 
 # %% ../nbs/00_lm.ipynb #lm1000b9
@@ -456,7 +524,8 @@ def watching(self: LM,
             if stop: raise _Reached
         return look
     handles = [self.layers[layer].register_forward_pre_hook(watch(layer), with_kwargs=True, prepend=before_steering) for layer in layers]
-    try: yield streams
+    try:
+        with uncompiled(): yield streams
     except _Reached:
         if not stop: raise
     finally:

@@ -24,10 +24,16 @@ import transformers
 from filelock import FileLock
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from . import products, reuse # noqa: F401 a loaded model uses the shortcuts
-from .lm import LM
+from .lm import LM, why_unsuitable
 
 # %% auto #0
 __all__ = ['TINY_ARCHITECTURES', 'EMBEDDED', 'DEFAULT_MODEL', 'tiny_tokenizer', 'tiny_model', 'tiny_lm', 'EmbeddedModel',
@@ -195,11 +201,19 @@ def fast_dtype(
     else: fast = kind == "cpu" and any(getattr(torch.cpu, f"_is_{feature}_supported", bool)() for feature in ("avx512_bf16", "amx_tile"))
     return torch.bfloat16 if fast else torch.float32
 
+# %% ../nbs/00c_models.ipynb #83ff9d28
+def _named_dtype(name: str) -> torch.dtype | str: # "auto" is transformers' word for what a model was saved in
+    dtype = name if name == "auto" else getattr(torch, name, None)
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={name!r}: expected a torch dtype such as 'float32' or 'bfloat16', "
+                         "or 'auto' for the one it was saved in.")
+    return dtype
+
 # %% ../nbs/00c_models.ipynb #mo1000b3
 def load_lm(
     name_or_path: str | Path | tuple | None = None, # an embedded model's key, a hub name, a folder, a `.gguf` file, or (model, tok)
     *,
-    dtype: torch.dtype | str | None = None, # bf16 where the device computes it fast, else fp32
+    dtype: torch.dtype | str | None = None, # "auto": as it was saved; bf16 where the device computes it fast, else fp32
     device: str | torch.device | None = None, # the GPU if there is one, else the CPU
     device_map: str | dict | None = None, # shard over devices (accelerate), instead of `device`
     quantization_config=None, # e.g. a `BitsAndBytesConfig`
@@ -211,7 +225,7 @@ def load_lm(
     if isinstance(name_or_path, tuple): return LM(*name_or_path, layers=layers)
     if isinstance(name_or_path, nn.Module): raise TypeError("Pass the model together with its tokenizer: load_lm((model, tok)).")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = fast_dtype(device) if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = fast_dtype(device) if dtype is None else _named_dtype(dtype) if isinstance(dtype, str) else dtype
     key = str(name_or_path or DEFAULT_MODEL)
     name = EMBEDDED[key].name if key in EMBEDDED else key
     options = dict(dtype=dtype, device_map=device_map, quantization_config=quantization_config)
@@ -228,7 +242,43 @@ def _read(key: str, options: dict, revision: str | None, trust: bool):
         where = embedded_path(key)
         with _no_bars(): return AutoModelForCausalLM.from_pretrained(where, **options), AutoTokenizer.from_pretrained(where)
     shared = dict(trust_remote_code=trust) | ({"revision": revision} if revision else {})
-    try: return AutoModelForCausalLM.from_pretrained(key, **options, **shared), AutoTokenizer.from_pretrained(key, **shared)
+    try:
+        _check_folder(key, shared)
+        model, info = AutoModelForCausalLM.from_pretrained(key, **options, **shared, output_loading_info=True)
     except OSError as error:
         raise OSError(f"Could not load {key!r}: it is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder, a .gguf file or "
                       f"a reachable hub model. {error}") from error
+    _check_whole(key, model, info)
+    return model, _tokenizer(key, shared)
+
+# %% ../nbs/00c_models.ipynb #2034cd0a
+def _check_folder(key: str, shared: dict) -> None:
+    folder = Path(key)
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(f"There is no config.json in the folder {key}: give one that `save_pretrained` "
+                         "wrote, or a .gguf file.")
+    if folder.is_dir() and not (folder / "config.json").is_file(): return # an adapter, whose model transformers finds
+    config = _read_config(key, shared)
+    architecture = (config.architectures or [type(config).__name__.removesuffix("Config")])[0]
+    if why := why_unsuitable(architecture, config): raise ValueError(f"{key}: {why}")
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"): return
+    raise ValueError(f"{key}: transformers has no causal language model for {architecture} (model type "
+                     f"{config.model_type!r}). If it writes text all the same (models that see images, say), load it yourself "
+                     "and pass load_lm((model, tok)).")
+
+def _read_config(key: str, shared: dict) -> transformers.PretrainedConfig:
+    try: return AutoConfig.from_pretrained(key, **shared)
+    except ValueError as error: raise ValueError(f"{key}: {'. '.join(str(error).split('. ')[:2])}") from error
+
+# %% ../nbs/00c_models.ipynb #1dace7aa
+def _check_whole(key: str, model: nn.Module, info: dict) -> None:
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{key} does not hold all weights of {type(model).__name__}: {', '.join(missing[:3])}"
+                         f"{'...' * (len(missing) > 3)} would be random. If that is meant, "
+                         "load it yourself and pass load_lm((model, tok)).")
+
+def _tokenizer(key: str, shared: dict) -> transformers.PreTrainedTokenizerBase:
+    try: return AutoTokenizer.from_pretrained(key, **shared)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{key} holds a model, but no tokenizer that can be read; save one there, "
+                         "or load both yourself and pass load_lm((model, tok)).") from error

@@ -95,9 +95,9 @@ def _build(self: OptimizerPanel, form: _FormState, path: str) -> None:
 def _build_fields(self: OptimizerPanel, form: _FormState, buttons: Sequence) -> list:
     last = self.lm.n_layers - 1
     self.prompt = labelled("Textarea", "example", "prompt", value=form.prompt, rows=3)
-    lines = lambda given: dict(rows=4, value="\n".join(given))
-    self.promote = labelled("Textarea", "promote", "promote, one completion per line", "wide", **lines(form.promote))
-    self.suppress = labelled("Textarea", "suppress", "suppress, one completion per line", "wide", **lines(form.suppress))
+    listed = lambda name, given: labelled("Textarea", name, f"{name}, one completion per line", "wide", rows=4,
+                                          value="\n".join(given))
+    self.promote, self.suppress = listed("promote", form.promote), listed("suppress", form.suppress)
     self.layer = labelled("BoundedIntText", "fit-layer", f"layer (0 to {last})", "narrow", value=form.layer, max=last)
     self.norm = labelled("BoundedFloatText", "norm", "norm at most", "narrow", value=form.norm, min=0.0, max=1e6)
     self.steps = labelled("BoundedIntText", "steps", "steps", "narrow", value=form.steps, min=1, max=10_000)

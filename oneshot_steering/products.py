@@ -43,10 +43,11 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 # %% ../nbs/00a_products.ipynb #pr00000a
 @contextmanager
 def onednn_products(
-    model: nn.Module, # its plain `nn.Linear` layers take part, unless somebody else has replaced their forward
+    model: nn.Module, # its plain `nn.Linear` layers take part, unless somebody else has replaced their forward or their weights
 ) -> Iterator[None]:
     "Within this context the linear layers of a module multiply with oneDNN where their input and weights allow it."
-    layers = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    plain = lambda m: type(m) is nn.Linear and type(m.weight) is nn.Parameter and "forward" not in vars(m)
+    layers = [m for m in model.modules() if plain(m)]
     try:
         for layer in layers: vars(layer)["forward"] = partial(_linear, layer)
         yield

@@ -141,7 +141,7 @@ def _dial_row(self: SliderApp, dial: Dial):
     track = widget("VBox", "wide", children=[self.sliders[-1], widget("HTML", "marks", value=scale)])
     return row(track, *filter(None, (self.layers[-1], self.modes[-1])))
 
-def _choice(name: str, options: Sequence[object], value: object): # a list of choices; None where there is nothing to choose
+def _choice(name: str, options: Sequence[object], value: object): # a list; None where there is nothing to choose
     return None if value is None else labelled("Dropdown", name, name, "narrow", options=options, value=value)
 
 # %% ../nbs/15a_slider.ipynb #d95e2da5

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from . import products, reuse # noqa: F401 what steers a model uses the shortcuts
 from .files import atomic_write
-from .lm import LM, TokenPositions, block_input
+from .lm import LM, TokenPositions, block_input, uncompiled
 
 # %% auto #0
 __all__ = ['Positions', 'MODES', 'NEUTRAL_PROMPTS', 'parse_positions', 'position_mask', 'Steering', 'Steerings', 'stream_change',
@@ -286,7 +286,7 @@ def steer(self: LM,
         for layer in used:
             hook = _layer_hook(_steps(per_row, layer, self.n_layers), locator, len(per_row) if rows is not None else None)
             handles.append(self.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
-        yield self
+        with uncompiled(): yield self
     finally:
         self.steered, self.rows_differ_from = self.steered - 1, before
         for handle in handles: handle.remove()

@@ -29,7 +29,7 @@ __all__ = ['LatestOnlyWorker', 'Request', 'twin', 'widget', 'labelled', 'row', '
 class LatestOnlyWorker:
     "A thread that serves the latest request."
     def __init__(self,
-        work: Callable[[object, Request], None], # called in the thread with what was asked; returns soon once superseded
+        work: Callable[[object, Request], None], # called in the thread with what was asked; ends soon once superseded
         failed: Callable[[Exception, Request], None], # called in the thread with what `work` raised, unless superseded
     ):
         self.work, self.failed, self.number, self.closed, self.busy = work, failed, 0, False, False
