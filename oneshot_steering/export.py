@@ -13,6 +13,7 @@ from pathlib import Path
 
 import gguf
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -168,7 +169,8 @@ def _with_biases(lm: LM) -> nn.Module:
         return copy.deepcopy(lm.model)
     config = copy.deepcopy(lm.model.config)
     config.get_text_config(decoder=True).mlp_bias = True
-    made = AutoModelForCausalLM.from_config(config, dtype=lm.dtype).to(lm.device)
+    kind = type(lm.model) if isinstance(lm.model, transformers.PreTrainedModel) else AutoModelForCausalLM
+    made = getattr(kind, "_from_config", AutoModelForCausalLM.from_config)(config, dtype=lm.dtype).to(lm.device)
     made.generation_config = copy.deepcopy(lm.model.generation_config)
     missing, unexpected = made.load_state_dict(lm.model.state_dict(), strict=False)
     if unexpected or not all(name.endswith(".bias") for name in missing):
@@ -204,9 +206,10 @@ def bake(
     for layer, several in acting.items():
         name = _last_module(lm, layer)
         place = baked.layers[layer - 1].get_submodule(name)
-        if place.weight.ndim != 2 or getattr(place, "bias", None) is None:
+        weight, bias = getattr(place, "weight", None), getattr(place, "bias", None)
+        if weight is None or weight.ndim != 2 or bias is None:
             raise ValueError(f"{type(lm.model).__name__} has no place for the vector: block {layer - 1} ends with {name} "
                              f"({type(place).__name__}), which is no linear layer with a bias.")
-        place.bias += _sum(several).to(place.bias)
+        bias += _sum(several).to(bias)
     _prove(lm, baked, steering)
     return baked

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pandas as pd
@@ -633,6 +634,17 @@ def _drive(lm: LM, runs: Sequence[_Run], tokens: int, bar: Progress) -> None:
                 if waiting[run] is None: del waiting[run]
             bar.update(len(together), loss=f"{statistics.mean(run.history[-1].sum().item() for run in together):.3g}")
 
+# %% ../nbs/03_optimize.ipynb #2c4253e2
+@contextmanager
+def _gradients(lm: LM) -> Iterator[None]:
+    if any(weight.is_inference() for weight in lm.model.parameters()):
+        raise ValueError(f"The weights of {lm.name} were made inside torch.inference_mode() and give no gradients; "
+                         "load the model outside of it.")
+    if lm.device.type == "cpu" and lm.config._attn_implementation == "flex_attention":
+        raise ValueError("attn_implementation='flex_attention' gives no gradients on a processor; "
+                         "call lm.model.set_attn_implementation('eager') first.")
+    with torch.inference_mode(False), torch.enable_grad(): yield
+
 # %% ../nbs/03_optimize.ipynb #bb97c95f
 def optimize_many(
     lm: LM, # the model
@@ -642,15 +654,16 @@ def optimize_many(
     progress: bool = True, # show a bar when it takes long
 ) -> list[Fit]: # in the order of the jobs
     "Run many optimisations at once. An interrupt ends them all, each with its best vector so far."
-    shared = _Shared(lm)
-    runs = [_Run(shared, job) for job in jobs]
-    if not runs: raise ValueError("There is no job to run.")
-    total = sum(run.job.steps + 1 + (run.job.refine.steps + 1 if run.job.refine else 0) for run in runs)
-    with Progress(total, "optimize", "step", shown=progress) as bar:
-        try: _drive(lm, runs, tokens_per_pass, bar)
-        except KeyboardInterrupt:
-            if any(run.best is None for run in runs): raise
-            for run in runs: run.stopped = run.stopped or "interrupted"
+    with _gradients(lm):
+        shared = _Shared(lm)
+        runs = [_Run(shared, job) for job in jobs]
+        if not runs: raise ValueError("There is no job to run.")
+        total = sum(run.job.steps + 1 + (run.job.refine.steps + 1 if run.job.refine else 0) for run in runs)
+        with Progress(total, "optimize", "step", shown=progress) as bar:
+            try: _drive(lm, runs, tokens_per_pass, bar)
+            except KeyboardInterrupt:
+                if any(run.best is None for run in runs): raise
+                for run in runs: run.stopped = run.stopped or "interrupted"
     return [run.fit() for run in runs]
 
 # %% ../nbs/03_optimize.ipynb #e130485a

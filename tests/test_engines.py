@@ -9,10 +9,11 @@ import torch
 import transformers
 from transformers import AutoConfig
 
+from oneshot_steering.export import bake
 from oneshot_steering.lm import LM
 from oneshot_steering.models import load_lm, tiny_lm, tiny_model, tiny_tokenizer
-from oneshot_steering.objective import Example
-from oneshot_steering.optimize import optimize
+from oneshot_steering.objective import Example, Terms, record
+from oneshot_steering.optimize import Retain, optimize
 from oneshot_steering.steering import Steering
 
 IDS = torch.tensor([tiny_lm().encode("the quick brown fox")])
@@ -218,3 +219,68 @@ def test_weights_that_accelerate_keeps_elsewhere(offload, tmp_path):
     losses = [optimize(m, EXAMPLE, 2, steps=3, lr=0.3, progress=False).losses for m in (lm, tiny_lm())]
     assert torch.allclose(*losses, rtol=1e-3)
     assert torch.allclose(lm.hidden_states("the quick", 2), tiny_lm().hidden_states("the quick", 2), atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_flex_attention_on_a_processor(architecture):
+    lm, plain = tiny_lm(architecture), tiny_lm(architecture)
+    lm.model.set_attn_implementation("flex_attention")
+    prompts = ["the quick", "the quick", "a"]
+    with lm.steer(VECTOR), plain.steer(VECTOR):
+        assert close(our_logits(lm), our_logits(plain))
+        assert lm.generate(prompts, 5) == plain.generate(prompts, 5)
+    with torch.no_grad():
+        assert lm.can_pack and torch.allclose(Terms(lm, EXAMPLE)(VECTOR), Terms(plain, EXAMPLE)(VECTOR), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"set_attn_implementation\('eager'\)"):
+        optimize(lm, EXAMPLE, 2, steps=1, progress=False)
+    lm.model.set_attn_implementation("eager")
+    losses = [optimize(m, EXAMPLE, 2, steps=3, lr=0.3, progress=False).losses for m in (lm, plain)]
+    assert torch.allclose(*losses, rtol=1e-3)
+
+
+def test_a_vector_is_optimised_where_gradients_are_switched_off():
+    def losses(lm):
+        start = optimize(lm, EXAMPLE, 2, steps=2, lr=0.3, progress=False).steering
+        neutral = Example("a dog", match=record(lm, "a dog", " sleeps"))
+        return optimize(lm, [EXAMPLE, neutral], 2, steps=2, lr=0.3, progress=False, start=start, retain=Retain(("the sun",))).losses
+
+    expected = losses(tiny_lm())
+    for off in (torch.no_grad, torch.inference_mode):
+        lm = tiny_lm()
+        with off():
+            assert torch.equal(losses(lm), expected)
+            assert not torch.is_grad_enabled()
+    torch.set_grad_enabled(False)
+    try:
+        assert torch.equal(losses(tiny_lm()), expected)
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def test_weights_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        lm = tiny_lm()
+    with pytest.raises(ValueError, match="load the model outside"):
+        optimize(lm, EXAMPLE, 2, steps=1, progress=False)
+
+
+LAST = dict(mixtral="MixtralExperts", olmoe="OlmoeExperts", gpt_oss="GptOssExperts", mamba="MambaMixer", mamba2="Mamba2Mixer", rwkv="Rwkv")
+
+
+@pytest.mark.parametrize("architecture", LAST)
+def test_what_has_no_bias_for_a_vector_is_named(architecture):
+    sizes = dict(num_heads=8, head_dim=8, n_groups=1) if architecture == "mamba2" else {}
+    with pytest.raises(ValueError, match=f"has no place for the vector.*{LAST[architecture]}"):
+        bake(tiny_lm(architecture, **sizes), VECTOR)
+
+
+def test_weights_that_torchao_quantises():
+    torchao = pytest.importorskip("torchao.quantization")
+    models = [tiny_model(), tiny_model()]
+    for model in models:
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    lm = LM(models[0], tiny_tokenizer())
+    with lm.steer(VECTOR):
+        assert close(our_logits(lm), by_hand(models[1], VECTOR))
+    fit = optimize(lm, EXAMPLE, 2, steps=3, lr=0.3, progress=False)
+    assert fit.losses.sum(-1)[-1] < fit.losses.sum(-1)[0]
