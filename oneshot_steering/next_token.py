@@ -19,25 +19,8 @@ from .steering import Steering, Steerings, as_steerings
 __all__ = ['Intervention', 'next_token_logits', 'measure_next_tokens', 'chosen_options', 'choose', 'log_odds', 'refusal_tokens',
            'refusal_scores']
 
-# %% ../nbs/04a_next_token.ipynb #0815e6d4
+# %% ../nbs/04a_next_token.ipynb #5b220cd9
 Intervention = Steering | Steerings | None # None is the model as it is
-
-@torch.no_grad()
-def next_token_logits(
-    lm: LM, # the model; call this outside `lm.steer(rows=...)`
-    prompts: Sequence[Sequence[int]], # token ids
-    vectors: Sequence[Intervention], # None is unsteered
-    batch_size: int = 32, # rows per pass
-) -> Iterator[
-    tuple[Tensor, Tensor, Tensor]
-]: # vector and prompt of each row, [rows]; its next-token logits in fp32, [rows, vocabulary]
-    "What every prompt would go on with under every vector. The blocks below the lowest steered layer run once per prompt."
-    layer = min((lm.check_layer(i) for v in vectors for s in as_steerings(v) for i in s.layers), default=0)
-    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-    rows = [(v, p) for p in order for v in range(len(vectors))]
-    for start in range(0, len(rows), batch_size):
-        vector, prompt = torch.tensor(rows[start:start + batch_size]).T
-        yield vector, prompt, _last_logits(lm, prompts, prompt, [vectors[v] for v in vector], layer)
 
 def _last_logits(
     lm: LM, prompts: Sequence[Sequence[int]], prompt: Tensor, vectors: list[Intervention], layer: int
@@ -51,14 +34,28 @@ def _last_logits(
     with lm.steer(rows=vectors), lm.resume(layer, states[row]) if states is not None else nullcontext():
         return lm.run(ids[row], mask[row], lengths[row], keep=last).logits.float()
 
+# %% ../nbs/04a_next_token.ipynb #0815e6d4
+@torch.no_grad()
+def next_token_logits(
+    lm: LM, # the model; call this outside `lm.steer(rows=...)`
+    prompts: Sequence[Sequence[int]], # token ids
+    vectors: Sequence[Intervention], # None is unsteered
+    batch_size: int = 32, # rows per pass
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]: # vector and prompt of each row, [rows]; its next-token logits in fp32, [rows, vocabulary]
+    "What every prompt would go on with under every vector. The blocks below the lowest steered layer run once per prompt."
+    layer = min((lm.check_layer(i) for v in vectors for s in as_steerings(v) for i in s.layers), default=0)
+    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    rows = [(v, p) for p in order for v in range(len(vectors))]
+    for start in range(0, len(rows), batch_size):
+        vector, prompt = torch.tensor(rows[start:start + batch_size]).T
+        yield vector, prompt, _last_logits(lm, prompts, prompt, [vectors[v] for v in vector], layer)
+
 # %% ../nbs/04a_next_token.ipynb #e8932f52
 def measure_next_tokens(
     lm: LM, # the model
     prompts: Sequence[Sequence[int]], # token ids
     vectors: Sequence[Intervention], # None is unsteered
-    measure: Callable[
-        [Tensor, Tensor], Tensor
-    ], # of next-token logits [rows, vocabulary] and the prompt of each row [rows]: [rows]
+    measure: Callable[[Tensor, Tensor], Tensor], # of next-token logits [rows, vocabulary] and the prompt of each row [rows]: [rows]
     batch_size: int = 32, # rows per pass
     bar: Progress | None = None, # counts rows
 ) -> Tensor: # [vectors, prompts]
@@ -79,9 +76,8 @@ def chosen_options(
 ) -> list[str]: # one option per row, "" where the most probable token begins none of them
     "The option that each row of next-token logits chooses."
     options_of = {prompt: _option_tokens(lm, prompt, options) for prompt in dict.fromkeys(prompts)}
-    return [
-        options_of[prompt].get(token, "") for prompt, token in zip(prompts, logits.argmax(-1).tolist(), strict=True)
-    ]
+    tokens = logits.argmax(-1).tolist()
+    return [options_of[prompt].get(token, "") for prompt, token in zip(prompts, tokens, strict=True)]
 
 def _option_tokens(lm: LM, prompt: str, options: Sequence[str]) -> dict[int, str]:
     first = {lm.encode_pair(prompt, option).completion[0]: option for option in options}
@@ -98,7 +94,8 @@ def choose(
     progress: bool = True, # show a bar when it takes long
 ) -> np.ndarray: # [prompts] of option texts, "" where the answer is invalid
     "The option that each prompt is answered with."
-    if not prompts: raise ValueError("Give at least one prompt.")
+    if not prompts:
+        raise ValueError("Give at least one prompt.")
     answers = np.full(len(prompts), "", dtype=object)
     with Progress(len(prompts), "choose", "answer", shown=progress) as bar:
         for _, prompt, logits in next_token_logits(lm, [lm.encode(p) for p in prompts], [None], batch_size):
@@ -127,6 +124,7 @@ def refusal_tokens(
         raise ValueError(f"refusals={refusals!r}: give a list of beginnings, e.g. ('I', 'As').")
     return sorted({lm.encode_pair(prompt, text).completion[0] for text in refusals})
 
+# %% ../nbs/04a_next_token.ipynb #0a39e306
 def refusal_scores(
     lm: LM, # the model, under whatever steering is active
     prompts: Sequence[str], # prompts that end where the answer begins, e.g. from `lm.chat`
