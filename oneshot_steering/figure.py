@@ -103,11 +103,13 @@ def steered_pieces(
     sampler = _PairedSampler(n, followed, Sampler(sampling, streams))
     spelling = [_Spelling(lm) for _ in prompts]
     room = min(sampling.max_new_tokens, (lm.context or math.inf) - max(map(len, ids)))
-    with lm.steer(rows=[*acting, *[None] * len(followed)], force=True):
-        for step in lm.decode_steps([*ids, *(ids[row] for row in followed)], room, sampler=sampler):
-            yield [None if token is None else spelling[row].add(token, sampler.last[row])
-                   for row, token in enumerate(step[:n])]
-    if any(rest := [s.rest() for s in spelling]): yield rest
+    def pieces():
+        with lm.steer(rows=[*acting, *[None] * len(followed)], force=True):
+            for step in lm.decode_steps([*ids, *(ids[row] for row in followed)], room, sampler=sampler):
+                yield [None if token is None else spelling[row].add(token, sampler.last[row])
+                       for row, token in enumerate(step[:n])]
+        if any(rest := [s.rest() for s in spelling]): yield rest
+    return lm.carry(pieces())
 
 # %% ../nbs/15_figure.ipynb #0c4555a7
 DEFAULT_SAMPLING = Sampling(max_new_tokens=40)

@@ -14,9 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from typing import ClassVar
 
 import torch
@@ -75,6 +76,14 @@ class TokenPositions:
     prompt_lengths: Tensor # [B] tokens of each row's prompt; everything later is completion
     rows: Tensor # [B] which of the caller's prompts each row is
 
+# %% ../nbs/00_lm.ipynb #lm3000a1
+class _PerThread:
+    "An attribute of `LM` with a value of its own in every thread and asynchronous task."
+    def __init__(self, default: object): self.default = default
+    def __set_name__(self, owner: type, name: str): self.name = name
+    def __get__(self, lm: LM | None, owner: type): return self if lm is None else (lm._values.get() or {}).get(self.name, self.default)
+    def __set__(self, lm: LM, value: object): lm._values.set({**(lm._values.get() or {}), self.name: value})
+
 # %% ../nbs/00_lm.ipynb #7d87f74b
 _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
 
@@ -112,6 +121,11 @@ def why_unsuitable_adapter(
 class LM:
     "A causal language model with its tokenizer: exact tokens, decoder blocks, generation, log-probabilities."
     around_pass: ClassVar[dict[str, Callable]] = {} # what shortcuts put around every pass, see `run`
+    where: TokenPositions | None = _PerThread(None) # of the pass that is running
+    steerings: tuple | None = _PerThread(None) # the steering contexts that act; () for none, None if this thread has not said
+    rows_differ_from: int | None = _PerThread(None) # the lowest layer where the rows of a batch may be steered differently; None: nowhere
+    use_shortcuts: bool = _PerThread(True) # False within `plain`
+    in_stream: bool = _PerThread(False) # whether this is a step of `carry`
 
     def __init__(self,
         model: transformers.PreTrainedModel, # any causal language model; its weights are frozen, nothing else changes
@@ -124,15 +138,19 @@ class LM:
         self.model, self.tok = model.eval().requires_grad_(False), tok
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.layers = find_blocks(model, layers)
-        self.where: TokenPositions | None = None # of the pass that is running
-        self.steered = 0 # how many steering contexts are open
-        self.ignore_steering = False # True within `unsteered`
-        self.rows_differ_from: int | None = None # the lowest layer where the rows of a batch may be steered differently; None: nowhere
-        self.use_shortcuts = True # False within `plain`
+        self.stand_alone()
         self.shortcuts: dict[str, bool] = {} # the shortcuts tried so far, and whether they agreed with the plain way
         self._turn_ends: dict[str, int | None] = {} # per chat template, the token that ends an assistant's message
         inner = getattr(model, "get_base_model", lambda: model)()
         self._accepts = set(inspect.signature(inner.forward).parameters)
+
+    def stand_alone(self) -> None:
+        "Share no thread's state and no lock with another LM that this one was copied from."
+        self._values, self.turn = ContextVar("values", default=None), threading.RLock() # a pass holds `turn`
+        self.open_steerings = 0 # how many `with lm.steer(...)` are open, in all threads; those inside a stream are its own
+
+    @property
+    def steered(self) -> int: return len(self.steerings or ()) # how many steering contexts are open
 
     def __repr__(self) -> str:
         return (f"LM({self.name}: {type(self.model).__name__}, {self.n_layers} blocks, d_model {self.d_model}, "
@@ -172,6 +190,15 @@ def context(self: LM) -> int | None: # most tokens the model was made for
 def window(self: LM) -> int | None: # the smallest attention window of any layer, None if there is none
     sizes = [getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
+
+# %% ../nbs/00_lm.ipynb #lm3000a4
+@patch
+def acting(self: LM) -> tuple: # of what `steer` opened
+    "The steering contexts that act in this thread. Raises `RuntimeError` in a thread that has not said, while another one steers."
+    if self.steerings is None and self.open_steerings:
+        raise RuntimeError("Another thread or task is steering this model, and this one has not said what it wants; where the model is "
+                           "run, open `with lm.steer(...):`, or `with lm.unsteered():` for no steering.")
+    return self.steerings or ()
 
 # %% ../nbs/00_lm.ipynb #7b15b36f
 @patch
@@ -413,7 +440,7 @@ def run(self: LM,
     rows = torch.arange(len(ids), device=ids.device) if rows is None else rows
     forward = self.forward
     for around in self.around_pass.values() if self.use_shortcuts else (): forward = partial(around, self, forward)
-    return forward(Pass(ids, mask, prompt_lengths, rows, keep, attention, options))
+    with self.turn: return forward(Pass(ids, mask, prompt_lengths, rows, keep, attention, options))
 
 # %% ../nbs/00_lm.ipynb #lm1000c0
 @patch
@@ -461,7 +488,7 @@ def verified(self: LM,
     "Whether a shortcut gives this model's own numbers: compared on first use, without steering, and remembered."
     if not self.use_shortcuts: return False
     if name not in self.shortcuts:
-        with torch.no_grad(), self.unsteered():
+        with self.turn, torch.no_grad(), self.unsteered():
             try: self.shortcuts[name] = all(self.agree(fast, plain) for fast, plain in compare())
             except _UNSUPPORTED: self.shortcuts[name] = False
     return self.shortcuts[name]
@@ -486,10 +513,10 @@ def plain(self: LM) -> Iterator[None]:
 @contextmanager
 def unsteered(self: LM) -> Iterator[None]:
     "Within this context nothing is steered, also inside `steer`."
-    before = self.ignore_steering, self.rows_differ_from
-    self.ignore_steering, self.rows_differ_from = True, None
+    before = self.steerings, self.rows_differ_from
+    self.steerings, self.rows_differ_from = (), None
     try: yield
-    finally: self.ignore_steering, self.rows_differ_from = before
+    finally: self.steerings, self.rows_differ_from = before
 
 # %% ../nbs/00_lm.ipynb #lm1000d0
 @patch
@@ -517,9 +544,10 @@ def watching(self: LM,
     before_steering: bool = False, # look before the vectors that are already active act at these blocks
 ) -> Iterator[dict[int, object]]: # layer -> what was kept, of the last pass
     "Within this context every pass leaves the streams [B, Q, d_model] that enter blocks in a dict."
-    streams: dict[int, object] = {}
+    streams, thread = {}, threading.get_ident()
     def watch(layer: int):
         def look(module, args, kwargs):
+            if threading.get_ident() != thread: return # somebody else's pass
             streams[layer] = keep(args, kwargs)
             if stop: raise _Reached
         return look
@@ -688,8 +716,35 @@ def can_select_rows(
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return past is None or (isinstance(past, DynamicCache) and all(type(layer) in kinds for layer in past.layers))
 
+# %% ../nbs/00_lm.ipynb #lm3000b1
+_END = object()
+
+@patch
+def carry(self: LM,
+    steps: Iterator, # a generator that runs passes
+) -> Iterator: # the same steps
+    "Steps that run under the steering and the switches of this moment, wherever and whenever they are read."
+    context = copy_context()
+    for name, value in dict(steerings=self.acting(), in_stream=True).items(): context.run(setattr, self, name, value)
+    return _carried(self, steps, context)
+
+def _carried(lm: LM, steps: Iterator, context) -> Iterator:
+    def step():
+        with ExitStack() as held:
+            for block in lm.steerings: held.enter_context(block.attached())
+            return next(steps, _END)
+    try:
+        while (value := context.run(step)) is not _END: yield value
+    finally: context.run(steps.close)
+
+def _carries(make: Callable) -> Callable: # a method that makes steps
+    @wraps(make)
+    def method(self: LM, *args, **kwargs): return self.carry(make(self, *args, **kwargs))
+    return method
+
 # %% ../nbs/00_lm.ipynb #lm1000f0
 @patch
+@_carries
 def decode_steps(self: LM,
     prompts: Sequence[Sequence[int]], # token ids
     most: int, # steps
@@ -792,6 +847,7 @@ def _before(self: _Writing, end: int) -> str: # the text of the first `end` char
 
 # %% ../nbs/00_lm.ipynb #lm2000b2
 @patch
+@_carries
 def _pieces(self: LM, encoded: list[list[int]], batches: list[list[int]], sampling: Sampling, streams: Sequence[int] | None,
             use_cache: bool, quiet: bool) -> Iterator[tuple[int, str]]:
     most, ids, texts = sampling.max_new_tokens, *([s for s in sampling.stop if isinstance(s, kind)] for kind in (int, str))

@@ -35,6 +35,7 @@ def resume(self: LM,
     def inject(module, args, kwargs): return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
     below = list(self.layers[:self.check_layer(layer)])
     before = [vars(block).get("forward") for block in below]
+    self.turn.acquire() # no other thread's pass begins here
     handle = self.layers[layer].register_forward_pre_hook(inject, with_kwargs=True, prepend=True)
     try:
         for block in below: block.forward = skip
@@ -44,6 +45,7 @@ def resume(self: LM,
         for block, forward in zip(below, before, strict=True):
             vars(block).pop("forward", None)
             if forward is not None: block.forward = forward
+        self.turn.release()
 
 # %% ../nbs/00b_reuse.ipynb #re000007
 @patch(as_prop=True)

@@ -10,17 +10,21 @@ import json
 import math
 import re
 import statistics
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import safetensors
 import safetensors.torch
 import torch
 from fastcore.basics import patch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import products, reuse # noqa: F401 what steers a model uses the shortcuts
 from .files import atomic_write
@@ -214,31 +218,150 @@ def _stack(row_steerings: list[Steering | None], mode: str) -> _Step:
                  torch.tensor([s.strength if s else 0.0 for s in mine], dtype=some.vector.dtype, device=some.vector.device),
                  tuple(s.positions if s else None for s in mine), factor("left"), factor("right"))
 
+# %% ../nbs/01_steering.ipynb #st000020
+@dataclass
+class _Generation:
+    "A running call of transformers' `generate`."
+    model: nn.Module
+    mask: Tensor | None # [B, L] bool, the prompts and, on a cache, what came before them; None where that cannot be told
+    chunked: bool # whether the prompt comes in several passes
+    passes: int = 0 # so far
+    seen: int = 0 # columns so far
+
+_generating: ContextVar[_Generation | None] = ContextVar("generating", default=None)
+
+def _watched(model: nn.Module, generate: Callable) -> Callable:
+    @wraps(generate)
+    def watched(*args, **kwargs):
+        outer = _generating.get()
+        if outer is not None and outer.model is model: return generate(*args, **kwargs) # a draft by the model's own lower blocks
+        before = _generating.set(_Generation(model, *_prompts(model, *args, **kwargs)))
+        try: return generate(*args, **kwargs)
+        finally: _generating.reset(before)
+    return watched
+
+# %% ../nbs/01_steering.ipynb #st000021
+def _prompts(model: nn.Module, inputs: Tensor | None = None, generation_config=None, *args, **kwargs) -> tuple[Tensor | None, bool]:
+    config = generation_config or kwargs.get("generation_config") or model.generation_config
+    setting = lambda name: kwargs.get(name, getattr(config, name, None))
+    given = next((t for t in (kwargs.get("inputs_embeds"), inputs, kwargs.get("input_ids")) if t is not None), torch.zeros(1, 1))
+    mask, chunked = kwargs.get("attention_mask"), setting("prefill_chunk_size") is not None
+    two_texts = setting("guidance_scale") not in (None, 1) or kwargs.get("negative_prompt_ids") is not None
+    if two_texts or (mask is not None and mask.ndim != 2): return None, chunked
+    if mask is None: mask = _inferred_mask(given, setting("pad_token_id"), setting("eos_token_id"))
+    return mask.bool(), chunked
+
+def _inferred_mask(given: Tensor, pad: int | None, ends: int | list[int] | None) -> Tensor: # as transformers does without a mask
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    if given.ndim == 2 and pad is not None and pad not in ends and (given == pad).any(): return given != pad
+    return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+
+# %% ../nbs/01_steering.ipynb #st000024
+_Located = tuple[Tensor, Tensor | None, Tensor] | None # mask [B, T], prompt lengths [B] or None, rows [B]; None where nothing is known
+
+@patch
+def locate(self: _Generation, kwargs: dict, batch: int, columns: int) -> _Located:
+    "What a pass of this call is about."
+    start = self._start(kwargs, columns)
+    self.passes, end = self.passes + 1, (start or 0) + columns
+    self.seen = end
+    if start is None or self.mask is None or batch % len(self.mask) or (end < self.mask.shape[1] and not self.chunked): return None
+    mask = self.mask.repeat_interleave(batch // len(self.mask), 0)
+    grown = torch.cat([mask, mask.new_ones(batch, max(end - mask.shape[1], 0))], 1)[:, :end]
+    return grown, mask.sum(-1), torch.arange(batch, device=mask.device) // (batch // len(self.mask))
+
+@patch
+def _start(self: _Generation, kwargs: dict, columns: int) -> int | None:
+    mask, cached = kwargs.get("attention_mask"), _cache_length(_cache(kwargs))
+    if isinstance(mask, Tensor) and mask.ndim == 2: return mask.shape[1] - columns
+    if cached is not None: return cached
+    if self.mask is not None and columns == self.mask.shape[1] + self.passes: return 0 # the whole text again
+    return self.seen if self.passes else None
+
+# %% ../nbs/01_steering.ipynb #st000025
+_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "cache") # what models call it
+
+def _cache(kwargs: dict) -> object | None: return next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+
+def _cache_length(cache: object | None) -> int | None: # None where it does not say; models with a state only do not
+    try: return int(cache.get_seq_length())
+    except (AttributeError, NotImplementedError, TypeError, ValueError): return None
+
 # %% ../nbs/01_steering.ipynb #1bdab3cb
 class _Locator:
     "Knows, during a forward pass of the model, what its columns are."
-    def __init__(self, lm: LM): self.lm, self.where, self.prompt_lengths = lm, None, None
-
-    def enter(self, module, args, kwargs):
-        self.where = self.lm.where or self._read(args, kwargs)
-    def leave(self, module, args, output): self.where = None
-
-    def _read(self, args, kwargs) -> TokenPositions:
-        tokens = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None)
-        past, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        seen = past.get_seq_length() if past is not None else 0
-        batch, columns = tokens.shape[:2]
-        if mask is None or mask.ndim != 2: mask = torch.ones(batch, seen + columns, device=tokens.device)
-        mask = mask.bool()
-        if seen == 0 or self.prompt_lengths is None or len(self.prompt_lengths) != batch: self.prompt_lengths = mask.sum(-1)
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -columns:]
-        return TokenPositions(positions, mask[:, -columns:], self.prompt_lengths, torch.arange(batch, device=tokens.device))
+    def __init__(self, lm: LM, rules: Sequence[str], rows_differ: bool):
+        self.lm, self.rules, self.rows_differ = lm, [r for r in rules if r not in ("all", ":", "0:")], rows_differ
+        self.where: TokenPositions | None = None # of the pass that is running
+        self.lengths: WeakKeyDictionary[object, Tensor] = WeakKeyDictionary() # of the prompts in a cache
+        self.begun: Tensor | None = None # the same for a pass that makes its own cache
 
     def here(self) -> TokenPositions:
-        if self.where is None:
+        where = self.where or self.lm.where
+        if where is None:
             raise RuntimeError("A decoder block ran outside a forward pass of the steered model, so token positions are unknown; "
                                "call the model (lm.model(...), lm.run, lm.generate), or announce positions with lm.at(...).")
-        return self.where
+        return where
+
+# %% ../nbs/01_steering.ipynb #st000028
+@patch
+def read(self: _Locator, model: nn.Module, args: tuple, kwargs: dict) -> TokenPositions:
+    "The columns of a pass, from what the model was called with. Raises `RuntimeError` where a rule needs more than that says."
+    tokens = next(t for t in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if t is not None)
+    (batch, columns), call = tokens.shape[:2], _generating.get()
+    ours = call is not None and call.model is model
+    located = call.locate(kwargs, batch, columns) if ours else self._locate(kwargs, batch, columns, tokens.device)
+    self.require(located is not None, located is not None and located[1] is not None)
+    mask, lengths, rows = located or (torch.ones(batch, columns, dtype=torch.bool), None, torch.arange(batch))
+    mask, rows = mask.to(tokens.device), rows.to(tokens.device)
+    lengths = mask.sum(-1) if lengths is None else lengths.to(tokens.device)
+    return TokenPositions((mask.long().cumsum(-1) - 1).clamp(min=0)[:, -columns:], mask[:, -columns:], lengths, rows)
+
+@patch
+def require(self: _Locator, positions: bool, lengths: bool) -> None:
+    "Raise `RuntimeError` if a rule needs positions, or prompt lengths, that are not known."
+    missing = [f"positions={r!r}" for r in self.rules if not positions or (not lengths and not re.fullmatch(r"\d*:\d*", r))]
+    if self.rows_differ and not positions: missing.append("steer(rows=...)")
+    if missing:
+        raise RuntimeError(f"{missing[0]} needs to know which tokens of which text a pass holds, and this call does not say so; "
+                           "use lm.generate or lm.model.generate, announce it with lm.at(...), or steer all rows with positions='all'.")
+
+# %% ../nbs/01_steering.ipynb #st000029
+def _is_packed(kwargs: dict) -> bool: return any(name.startswith("cu_seq") for name in kwargs) # texts of several requests in one row
+
+@patch
+def _locate(self: _Locator, kwargs: dict, batch: int, columns: int, device: torch.device) -> _Located:
+    cache, mask, self.begun = _cache(kwargs), kwargs.get("attention_mask"), None
+    start = 0 if cache is None else _cache_length(cache)
+    if start is None or _is_packed(kwargs): return None
+    if mask is None: mask = torch.ones(batch, start + columns, dtype=torch.bool, device=device)
+    if not isinstance(mask, Tensor) or mask.shape != (batch, start + columns): return None
+    mask, positions = mask.bool(), kwargs.get("position_ids")
+    expected, valid = (mask.long().cumsum(-1) - 1)[:, -columns:], mask[:, -columns:]
+    if positions is not None and positions.ndim == 2 and ((positions.to(device) != expected) & valid).any(): return None # packed sequences
+    if start == 0: self.begun = mask.sum(-1)
+    lengths = self.begun if start == 0 else self.lengths.get(cache) if columns == 1 else None
+    return mask, lengths if lengths is not None and len(lengths) == batch else None, torch.arange(batch)
+
+@patch
+def remember(self: _Locator, kwargs: dict, output: object) -> None:
+    "Note the lengths of the prompts that a pass put into a cache."
+    cache = _cache(output) if _cache(kwargs) is None and isinstance(output, dict) else _cache(kwargs)
+    if self.begun is not None and hasattr(cache, "get_seq_length"): self.lengths[cache] = self.begun
+
+# %% ../nbs/01_steering.ipynb #st00002f
+LM.lent = None # the steering of the thread that waits for `generate_batch`
+
+def _lending(lm: LM, generate_batch: Callable) -> Callable:
+    one_by_one = threading.Lock()
+    @wraps(generate_batch)
+    def lending(*args, **kwargs):
+        for block in lm.acting(): block.locator.require(positions=False, lengths=False)
+        with one_by_one:
+            lm.lent = lm.acting()
+            try: return generate_batch(*args, **kwargs)
+            finally: lm.lent = None
+    return lending
 
 # %% ../nbs/01_steering.ipynb #cc5795a2
 def as_steerings(
@@ -263,39 +386,122 @@ def check_fits(self: LM,
         warnings.warn(f"This vector was made for {made_for!r} and is applied to {self.name!r}; pass force=True if that is meant.",
                       stacklevel=4)
 
+# %% ../nbs/01_steering.ipynb #st00002a
+class _Block:
+    "An open `steer`: its hooks in the model, and where they act."
+    def __init__(self, lm: LM, per_row: list[Steerings], rows_differ: bool):
+        self.lm, self.before, self.uses, self.handles = lm, lm.steerings, 0, []
+        self.inside: list[nn.Module] = [] # which models are in a pass, each with a hold on `lm.turn`
+        self.owner: int | None = None # the thread of that pass
+        self.borrowed = False # whether that thread has its steering from the one that waits for it
+        used = sorted({i % lm.n_layers for row in per_row for s in row for i in s.layers})
+        self.rows_differ_from = used[0] if rows_differ and used else None
+        self.locator = _Locator(lm, sorted({s.positions for row in per_row for s in row}), rows_differ)
+        n_rows = len(per_row) if rows_differ else None
+        self.hooks = {layer: _layer_hook(_steps(per_row, layer, lm.n_layers), self, n_rows) for layer in used}
+
+    def acts(self) -> bool: return self in self.lm.acting() # in the thread that runs now
+
+# %% ../nbs/01_steering.ipynb #st00002b
+@patch
+def enter(self: _Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    "Before a pass of the model."
+    if self.lm.steerings is None and self.lm.lent is not None and _is_packed(kwargs): self.lm.steerings, self.borrowed = self.lm.lent, True
+    if not self.acts(): return
+    self.lm.turn.acquire()
+    if module in self.inside: self.leave() # its last pass was interrupted
+    self.owner = threading.get_ident()
+    self.inside.append(module)
+    if len(self.inside) == 1: self.locator.where = self.lm.where or self.locator.read(module, args, kwargs)
+
+@patch
+def _forget(self: _Block) -> None:
+    if self.borrowed: self.lm.steerings = None
+    self.owner, self.locator.where, self.borrowed = None, None, False
+
+@patch
+def leave(self: _Block, module: nn.Module | None = None, args: tuple = (), kwargs: dict | None = None, output: object = None) -> None:
+    "After a pass, also one that failed; without arguments after all of them."
+    if self.owner != threading.get_ident() or (module is not None and module is not self.inside[-1]): return
+    if output is not None: self.locator.remember(kwargs, output)
+    for _ in range(1 if module is not None else len(self.inside)):
+        self.inside.pop()
+        if not self.inside: self._forget()
+        self.lm.turn.release()
+
+# %% ../nbs/01_steering.ipynb #st00002c
+LM.attached = 0 # how many `steer` have their hooks in the model
+
+@patch
+@contextmanager
+def attached(self: _Block) -> Iterator[None]:
+    "Within this context the hooks are in the model."
+    with self.lm.turn:
+        self.uses += 1
+        if self.uses == 1: self._attach()
+    try:
+        with uncompiled(): yield
+    finally:
+        self.leave()
+        with self.lm.turn:
+            self.uses -= 1
+            if self.uses == 0: self._detach()
+
+@patch
+def _attach(self: _Block) -> None:
+    inner = getattr(self.lm.model, "get_base_model", lambda: self.lm.model)()
+    for model in dict.fromkeys((self.lm.model, inner)): # `generate` of a model with an adapter calls the inner one
+        self.handles.append(model.register_forward_pre_hook(self.enter, with_kwargs=True))
+        self.handles.append(model.register_forward_hook(self.leave, with_kwargs=True, always_call=True))
+    self.handles += [self.lm.layers[layer].register_forward_pre_hook(hook, with_kwargs=True) for layer, hook in self.hooks.items()]
+    if self.lm.attached == 0:
+        for name, watch in (("generate", partial(_watched, inner)), ("generate_batch", partial(_lending, self.lm))):
+            if hasattr(inner, name): vars(inner)[name] = watch(getattr(inner, name))
+    self.lm.attached += 1
+
+@patch
+def _detach(self: _Block) -> None:
+    inner = getattr(self.lm.model, "get_base_model", lambda: self.lm.model)()
+    while self.handles: self.handles.pop().remove()
+    self.lm.attached -= 1
+    for name in ("generate", "generate_batch") if self.lm.attached == 0 else (): vars(inner).pop(name, None)
+
 # %% ../nbs/01_steering.ipynb #st000014
 @patch
 @contextmanager
 def steer(self: LM,
-    *steerings: Steering | Steerings, # vectors that act on every row, in this order
+    *steerings: Steering | Steerings, # vectors that act on every row, in this order; none for no steering
     rows: Sequence[Steering | Steerings | None] | None = None, # instead: what acts on each prompt, None for unsteered
     force: bool = False, # do not warn about a vector made for another model
 ) -> Iterator[LM]:
-    "Within this context every pass of the model is steered. Always restores the model."
+    "Within this context every pass of the model in this thread is steered. Always restores the model."
     if rows is not None and steerings: raise ValueError("Give either vectors for all rows or rows=[...], not both.")
     together = Steerings(s for given in steerings for s in as_steerings(given))
     per_row = [together] if rows is None else [as_steerings(r) for r in rows]
     for one in dict.fromkeys(s for row in per_row for s in row): self.check_fits(one, force)
-    used = sorted({i % self.n_layers for row in per_row for s in row for i in s.layers})
-    locator, handles, before = _Locator(self), [], self.rows_differ_from
-    self.steered += 1
-    if rows is not None and used: self.rows_differ_from = min(used[0], self.n_layers if before is None else before)
-    try:
-        handles.append(self.model.register_forward_pre_hook(locator.enter, with_kwargs=True))
-        handles.append(self.model.register_forward_hook(locator.leave, always_call=True))
-        for layer in used:
-            hook = _layer_hook(_steps(per_row, layer, self.n_layers), locator, len(per_row) if rows is not None else None)
-            handles.append(self.layers[layer].register_forward_pre_hook(hook, with_kwargs=True))
-        with uncompiled(): yield self
-    finally:
-        self.steered, self.rows_differ_from = self.steered - 1, before
-        for handle in handles: handle.remove()
+    block, counts = _Block(self, per_row, rows is not None), not self.in_stream
+    with block.attached():
+        with self.turn: self.open_steerings += counts
+        self.steerings = (*(self.steerings or ()), block)
+        self.rows_differ_from = _lowest(self.steerings)
+        try: yield self
+        finally:
+            with self.turn: self.open_steerings -= counts
+            _close(block)
+
+def _lowest(blocks: Sequence[_Block]) -> int | None:
+    return min((b.rows_differ_from for b in blocks if b.rows_differ_from is not None), default=None)
+
+def _close(block: _Block) -> None:
+    if block not in (block.lm.steerings or ()): return # a generator that is closed in another thread
+    rest = tuple(b for b in block.lm.steerings if b is not block)
+    block.lm.steerings, block.lm.rows_differ_from = rest or (None if block.before is None else ()), _lowest(rest)
 
 # %% ../nbs/01_steering.ipynb #st000015
-def _layer_hook(steps: list[_Step], locator: _Locator, n_rows: int | None):
+def _layer_hook(steps: list[_Step], block: _Block, n_rows: int | None):
     def hook(module, args, kwargs):
-        if locator.lm.ignore_steering: return None
-        where, h = locator.here(), block_input(args, kwargs)
+        if not block.acts(): return None
+        where, h = block.locator.here(), block_input(args, kwargs)
         if n_rows is not None and int(where.rows.max()) >= n_rows:
             raise ValueError(f"steer(rows=...) has {n_rows} rows, but prompt {int(where.rows.max())} is run; give one entry per prompt.")
         for step in steps: h = h + step.change(h, where)

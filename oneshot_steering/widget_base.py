@@ -97,10 +97,11 @@ def twin(
     lm: LM, # not steered at present
 ) -> LM: # the same weights in modules of its own: hooks on one do not act on the other
     "A model for another thread. A model sharded over devices is returned as it is."
-    if lm.steered: raise ValueError("The model is being steered; call this outside lm.steer(...).")
+    if lm.attached: raise ValueError("The model is being steered; call this outside lm.steer(...).")
     if getattr(lm.model, "hf_device_map", None) is not None: return lm
     made, weights = copy.copy(lm), {id(t): t for t in (*lm.model.parameters(), *lm.model.buffers())}
     made.model, made.layers = copy.deepcopy((lm.model, lm.layers), weights)
+    made.stand_alone()
     return made
 
 # %% ../nbs/15_widget_base.ipynb #6cb89117

@@ -261,7 +261,7 @@ def test_shortcuts_are_verified_without_steering_also_inside_it():
     lm, extreme = tiny_lm(), Steering(torch.full((32,), torch.finfo(torch.float32).max / 64), 0)
     with lm.steer(rows=[extreme]):
         assert lm.can_share_prompts and lm.can_resume and lm.can_pack
-        assert lm.steered == 1 and lm.rows_differ_from == 0 and not lm.ignore_steering
+        assert lm.steered == 1 and lm.rows_differ_from == 0
     assert lm.steered == 0 and lm.rows_differ_from is None
 
 

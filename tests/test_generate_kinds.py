@@ -1,0 +1,298 @@
+"""Steering in every way of generating: transformers' own `generate`, streams read elsewhere, and several threads on one model."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, DynamicCache, TextIteratorStreamer
+
+from oneshot_steering.figure import steered_pieces
+from oneshot_steering.models import tiny_lm, tiny_model
+from oneshot_steering.steering import Steering
+
+TEXT, SHORT = "the quick brown fox jumps over", "a dog"
+RULES = {
+    "all": lambda at, end: at >= 0,
+    "prompt": lambda at, end: at < end,
+    "completion": lambda at, end: at >= end,
+    "last_1": lambda at, end: at == end - 1,
+    "1:3": lambda at, end: (at >= 1) & (at < 3),
+}
+REFUSED = "which tokens of which text"
+
+
+def vector(lm, seed=1):
+    return 8 * torch.randn(lm.d_model, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(lm, ids, most, rule, prompt=None):
+    "Greedy tokens of plain forwards over the whole sequence, with a hook of our own."
+    ids, start, new, v = list(ids), prompt or len(ids), [], vector(lm)
+
+    def hook(module, args, kwargs):
+        h = args[0] if args else kwargs["hidden_states"]
+        h = h + RULES[rule](torch.arange(h.shape[1]), start)[:, None] * v
+        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
+    handle = lm.layers[2].register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        while len(new) < most:
+            new.append(lm.model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1].argmax().item())
+    handle.remove()
+    return new
+
+
+def theirs(lm, ids, most=6, **options):
+    options = dict(max_new_tokens=most, min_new_tokens=most, do_sample=False, pad_token_id=2, eos_token_id=None) | options
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    return lm.model.generate(ids, attention_mask=mask, **options)[:, -most:].tolist()
+
+
+WAYS = {
+    "no cache": dict(use_cache=False),
+    "chunks": dict(prefill_chunk_size=3),
+    "drafts from the prompt": dict(prompt_lookup_num_tokens=3),
+    "drafts from lower blocks": dict(assistant_early_exit=2),
+    "static cache": dict(cache_implementation="static", disable_compile=True),
+    "an assistant": dict(assistant_model=tiny_model()),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rule_means_the_same_tokens_in_every_way_of_generating(way, rule):
+    lm = tiny_lm()
+    ids = torch.tensor([lm.encode(TEXT)])
+    with lm.steer(Steering(vector(lm), 2, positions=rule)):
+        assert theirs(lm, ids, **WAYS[way])[0] == by_hand(tiny_lm(), ids[0].tolist(), 6, rule)
+    assert "generate" not in vars(lm.model) and not lm.attached
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("way", ["dynamic", "static"])
+def test_padding_beams_and_rows_keep_their_positions(architecture, way):
+    lm = tiny_lm(architecture)
+    encoded = [lm.encode(TEXT), lm.encode(SHORT)]
+    ids, mask = lm.pad(encoded, side="left")
+    options = dict(attention_mask=mask.long()) | (dict(cache_implementation="static", disable_compile=True) if way == "static" else {})
+    for rule in ("completion", "last_1"):
+        one, pair = Steering(vector(lm), 2, positions=rule), dict(num_beams=2, num_return_sequences=2)
+        with lm.steer(rows=[one, None]):
+            assert theirs(lm, ids, **options)[0] == by_hand(tiny_lm(architecture), encoded[0], 6, rule)
+            beams = theirs(lm, ids, **pair, **options)
+        with lm.steer(one):
+            assert beams[:2] == theirs(lm, torch.tensor([encoded[0]]), **pair)
+        assert beams[2:] == theirs(lm, torch.tensor([encoded[1]]), **pair)
+
+
+def test_padding_is_inferred_as_transformers_does():
+    lm = tiny_lm()
+    encoded = [lm.encode(TEXT), lm.encode(SHORT)]
+    ids, _ = lm.pad(encoded, side="left")
+    with lm.steer(Steering(vector(lm), 2, positions="last_1")):
+        new = theirs(lm, ids, attention_mask=None, eos_token_id=1)
+    expected = [by_hand(tiny_lm(), e, 6, "last_1") for e in encoded]
+    assert [n[:1] for n in new] == [e[:1] for e in expected]
+
+
+def test_embeddings_as_input():
+    lm = tiny_lm()
+    ids = torch.tensor([lm.encode(TEXT)])
+    for rule in RULES:
+        with lm.steer(Steering(vector(lm), 2, positions=rule)):
+            given = dict(inputs_embeds=lm.model.get_input_embeddings()(ids), attention_mask=torch.ones_like(ids))
+            new = lm.model.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=2, eos_token_id=None)
+        assert new[0].tolist()[-6:] == by_hand(tiny_lm(), ids[0].tolist(), 6, rule)
+
+
+@pytest.mark.parametrize("architecture, config", [("mamba", {}), ("rwkv", dict(attention_hidden_size=32)), ("bloom", {})])
+def test_models_without_positions_or_with_a_state_only(architecture, config):
+    lm = tiny_lm(architecture, **config)
+    ids = lm.encode(TEXT)
+    for rule in ("prompt", "completion", "last_1"):
+        with lm.steer(Steering(vector(lm), 2, positions=rule)):
+            expected = by_hand(tiny_lm(architecture, **config), ids, 6, rule)
+            assert theirs(lm, torch.tensor([ids]))[0] == theirs(lm, torch.tensor([ids]), use_cache=False)[0] == expected
+
+
+def test_a_second_turn_on_the_same_cache_has_a_prompt_of_its_own():
+    lm = tiny_lm()
+    first, follow = lm.encode(TEXT), lm.tok(" and the other dogs are", add_special_tokens=False).input_ids
+    for rule in RULES:
+        turns = []
+        for blocks in (1, 2):
+            cache, steering = DynamicCache(config=lm.model.config), Steering(vector(lm), 2, positions=rule)
+            with lm.steer(steering) if blocks == 1 else nullcontext():
+                with lm.steer(steering) if blocks == 2 else nullcontext():
+                    one = first + theirs(lm, torch.tensor([first]), past_key_values=cache)[0] + follow
+                with lm.steer(steering) if blocks == 2 else nullcontext():
+                    turns.append(theirs(lm, torch.tensor([one]), past_key_values=cache)[0])
+        assert turns[0] == turns[1]
+
+
+def test_a_decoding_loop_of_ones_own():
+    lm = tiny_lm()
+    ids = torch.tensor([lm.encode(TEXT)])
+    for rule in RULES:
+        new, step, past = [], ids, None
+        with lm.steer(Steering(vector(lm), 2, positions=rule)), torch.no_grad():
+            while len(new) < 6:
+                out = lm.model(step, past_key_values=past, use_cache=True)
+                past, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                new.append(step.item())
+        assert new == by_hand(tiny_lm(), ids[0].tolist(), 6, rule)
+
+
+def test_what_does_not_say_which_tokens_it_holds_is_refused_and_all_is_right():
+    lm = tiny_lm()
+    ids = torch.tensor([lm.encode(TEXT)])
+
+    def several_on_a_cache():
+        past = lm.model(ids, use_cache=True).past_key_values
+        return lm.model(torch.tensor([[5, 6]]), past_key_values=past, use_cache=True).logits
+
+    packed = lambda: lm.model(ids, position_ids=torch.arange(ids.shape[1])[None] % 5).logits
+    small = dict(continuous_batching_config=ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32), max_new_tokens=5, eos_token_id=-1)
+    guided, batched = lambda: theirs(lm, ids, guidance_scale=2.0), lambda: lm.model.generate_batch([ids[0].tolist()], **small)
+    for call in (several_on_a_cache, packed, guided, batched):
+        for rule in ("prompt", "completion", "last_1", "-2:"):
+            with pytest.raises(RuntimeError, match=REFUSED), lm.steer(Steering(vector(lm), 2, positions=rule)), torch.no_grad():
+                call()
+        assert not lm.attached and lm.turn.acquire(blocking=False)
+        lm.turn.release()
+        with lm.steer(Steering(vector(lm), 2)), torch.no_grad():
+            out = call()
+    assert [one.generated_tokens for one in out.values()] == [by_hand(tiny_lm(), ids[0].tolist(), 5, "all")]
+
+
+# Streams
+
+
+def test_a_stream_keeps_the_steering_under_which_it_was_made():
+    lm = tiny_lm()
+    one, two = Steering(vector(lm), 2), Steering(vector(lm, 2), 1)
+    with lm.steer(one):
+        steered, late, steps = lm.generate(TEXT, 8), lm.generate(TEXT, 8, stream=True), lm.decode_steps([lm.encode(TEXT)], 8)
+        listed = lm.text_of([s[0] for s in lm.decode_steps([lm.encode(TEXT)], 8)])
+    plain, early = lm.generate(TEXT, 8), lm.generate(TEXT, 8, stream=True)
+    begun = next(early)
+    with lm.steer(two):
+        assert "".join(late) == steered != plain
+        assert lm.text_of([s[0] for s in steps]) == listed
+        assert begun + "".join(early) == plain
+        assert lm.generate(TEXT, 8) not in (plain, steered)
+    with lm.steer(one), lm.steer(two):
+        both = lm.generate(TEXT, 8)
+        late = lm.generate(TEXT, 8, stream=True)
+    with ThreadPoolExecutor(1) as pool:  # as a server hands the pieces out
+        assert pool.submit("".join, late).result() == both
+    assert not lm.attached and not lm.open_steerings and lm.steerings is None
+
+
+def test_pieces_do_not_steer_what_runs_between_them():
+    lm = tiny_lm()
+    plain = lm.generate(TEXT, 8)
+    pieces = steered_pieces(lm, [TEXT, TEXT], [None, Steering(vector(lm), 2)], max_new_tokens=4)
+    next(pieces)
+    assert lm.generate(TEXT, 8) == plain
+    pieces.close()
+    assert not lm.attached
+
+
+# Threads
+
+
+def test_threads_are_steered_each_by_its_own():
+    lm = tiny_lm()
+    steerings = [Steering(vector(lm, seed), 2, positions=rule) for seed, rule in ((1, "all"), (2, "completion"), (3, "last_1"))] + [None]
+
+    def answer(steering, barrier=None):
+        if barrier:
+            barrier.wait()
+        with lm.steer(steering) if steering else lm.unsteered():
+            texts = lm.generate([TEXT] * 2, 12)
+            states = lm.hidden_states(TEXT, 3).sum().item()
+            ids = torch.tensor([lm.encode(SHORT)])
+            return texts, states, theirs(lm, ids), lm.log_probs(TEXT, SHORT).tolist(), "".join(lm.generate(SHORT, 6, stream=True))
+
+    alone = [answer(s) for s in steerings]
+    assert len({str(a) for a in alone}) == 4
+    for _ in range(4):
+        barrier = threading.Barrier(4)
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(answer, steerings, [barrier] * 4)) == alone
+    assert not lm.attached and not [m for m in lm.model.modules() if m._forward_pre_hooks or "forward" in vars(m)]
+
+
+def test_a_thread_that_says_nothing_is_refused_while_another_one_steers():
+    lm = tiny_lm()
+    ids = torch.tensor([lm.encode(TEXT)])
+    for run in (lambda: lm.generate(TEXT, 4), lambda: lm.hidden_states(TEXT, 2), lambda: theirs(lm, ids), lambda: lm.model(ids)):
+        refused = pytest.raises(RuntimeError, match="has not said what it wants")
+        with lm.steer(Steering(vector(lm), 2)), ThreadPoolExecutor(1) as pool, refused:
+            pool.submit(run).result()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lm.generate, TEXT, 4).result() == lm.generate(TEXT, 4)
+
+
+def test_a_streamer_of_transformers_inside_a_block_is_not_silently_unsteered():
+    lm = tiny_lm()
+    errors, streamer = [], TextIteratorStreamer(lm.tok, timeout=20)
+
+    def work():
+        try:
+            lm.model.generate(torch.tensor([lm.encode(TEXT)]), streamer=streamer, max_new_tokens=4)
+        except RuntimeError as error:
+            errors.append(error)
+            streamer.end()
+
+    with lm.steer(Steering(vector(lm), 2)):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert "has not said what it wants" in str(errors[0])
+
+
+def test_asynchronous_tasks_are_steered_each_by_its_own():
+    lm = tiny_lm()
+    steerings = [Steering(vector(lm, 1), 2), Steering(vector(lm, 2), 2)]
+
+    def alone(steering):
+        with lm.steer(steering):
+            return lm.generate(TEXT, 8)
+
+    async def task(steering):
+        with lm.steer(steering):
+            await asyncio.sleep(0.01)
+            here = lm.generate(TEXT, 8)
+            await asyncio.sleep(0.01)
+            return here, await asyncio.to_thread(lm.generate, TEXT, 8)
+
+    async def both():
+        return await asyncio.gather(*map(task, steerings))
+
+    assert asyncio.run(both()) == [(text, text) for text in map(alone, steerings)]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_pass_that_fails_lets_the_next_thread_in(error):
+    lm = tiny_lm()
+    expected = lm.generate(TEXT, 4)
+
+    def fail(*_):
+        raise error
+
+    for run in (lambda: lm.generate(TEXT, 4), lambda: lm.model(torch.tensor([[3, 4]]))):
+        with lm.steer(Steering(vector(lm), 2)):
+            handle = lm.layers[3].register_forward_pre_hook(fail)
+            with pytest.raises(error):
+                run()
+            handle.remove()
+            steered = lm.generate(TEXT, 4)
+        assert steered != expected
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(lm.generate, TEXT, 4).result(timeout=20) == expected
+    assert lm.where is None and not lm.attached
