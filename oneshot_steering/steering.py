@@ -265,7 +265,8 @@ def locate(self: _Generation, kwargs: dict, batch: int, columns: int) -> _Locate
     start = self._start(kwargs, columns)
     self.passes, end = self.passes + 1, (start or 0) + columns
     self.seen = end
-    if start is None or self.mask is None or batch % len(self.mask) or (end < self.mask.shape[1] and not self.chunked): return None
+    if start is None or self.mask is None or batch % len(self.mask): return None
+    if end < self.mask.shape[1] and not self.chunked: return None # another text than the prompt
     mask = self.mask.repeat_interleave(batch // len(self.mask), 0)
     grown = torch.cat([mask, mask.new_ones(batch, max(end - mask.shape[1], 0))], 1)[:, :end]
     return grown, mask.sum(-1), torch.arange(batch, device=mask.device) // (batch // len(self.mask))
@@ -320,10 +321,11 @@ def read(self: _Locator, model: nn.Module, args: tuple, kwargs: dict) -> TokenPo
 @patch
 def require(self: _Locator, positions: bool, lengths: bool) -> None:
     "Raise `RuntimeError` if a rule needs positions, or prompt lengths, that are not known."
-    missing = [f"positions={r!r}" for r in self.rules if not positions or (not lengths and not re.fullmatch(r"\d*:\d*", r))]
+    from_prompt = lambda rule: not re.fullmatch(r"\d*:\d*", rule) # whether it counts from where the prompt ends
+    missing = [f"positions={r!r}" for r in self.rules if not positions or (not lengths and from_prompt(r))]
     if self.rows_differ and not positions: missing.append("steer(rows=...)")
     if missing:
-        raise RuntimeError(f"{missing[0]} needs to know which tokens of which text a pass holds, and this call does not say so; "
+        raise RuntimeError(f"{missing[0]} needs to know which tokens of which text a pass holds, which this call does not say; "
                            "use lm.generate or lm.model.generate, announce it with lm.at(...), or steer all rows with positions='all'.")
 
 # %% ../nbs/01_steering.ipynb #st000029
@@ -338,7 +340,7 @@ def _locate(self: _Locator, kwargs: dict, batch: int, columns: int, device: torc
     if not isinstance(mask, Tensor) or mask.shape != (batch, start + columns): return None
     mask, positions = mask.bool(), kwargs.get("position_ids")
     expected, valid = (mask.long().cumsum(-1) - 1)[:, -columns:], mask[:, -columns:]
-    if positions is not None and positions.ndim == 2 and ((positions.to(device) != expected) & valid).any(): return None # packed sequences
+    if positions is not None and positions.ndim == 2 and ((positions.to(device) != expected) & valid).any(): return None # packed
     if start == 0: self.begun = mask.sum(-1)
     lengths = self.begun if start == 0 else self.lengths.get(cache) if columns == 1 else None
     return mask, lengths if lengths is not None and len(lengths) == batch else None, torch.arange(batch)
@@ -406,7 +408,8 @@ class _Block:
 @patch
 def enter(self: _Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
     "Before a pass of the model."
-    if self.lm.steerings is None and self.lm.lent is not None and _is_packed(kwargs): self.lm.steerings, self.borrowed = self.lm.lent, True
+    if self.lm.steerings is None and self.lm.lent is not None and _is_packed(kwargs):
+        self.lm.steerings, self.borrowed = self.lm.lent, True
     if not self.acts(): return
     self.lm.turn.acquire()
     if module in self.inside: self.leave() # its last pass was interrupted
@@ -422,7 +425,7 @@ def _forget(self: _Block) -> None:
 @patch
 def leave(self: _Block, module: nn.Module | None = None, args: tuple = (), kwargs: dict | None = None, output: object = None) -> None:
     "After a pass, also one that failed; without arguments after all of them."
-    if self.owner != threading.get_ident() or (module is not None and module is not self.inside[-1]): return
+    if self.owner != threading.get_ident() or module not in (None, self.inside[-1]): return
     if output is not None: self.locator.remember(kwargs, output)
     for _ in range(1 if module is not None else len(self.inside)):
         self.inside.pop()
