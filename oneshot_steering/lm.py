@@ -30,8 +30,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # %% auto #0
-__all__ = ['Messages', 'find_blocks', 'TokenPositions', 'why_unsuitable', 'why_unsuitable_adapter', 'LM', 'Pair',
-           'completion_places', 'Pass', 'uncompiled', 'block_input', 'Sampling', 'Sampler', 'can_select_rows',
+__all__ = ['Messages', 'find_blocks', 'TokenPositions', 'why_unsuitable', 'why_unsuitable_adapter', 'LM', 'in_this_thread',
+           'Pair', 'completion_places', 'Pass', 'uncompiled', 'block_input', 'Sampling', 'Sampler', 'can_select_rows',
            'Progress']
 
 # %% ../nbs/00_lm.ipynb #fd0d45df
@@ -199,6 +199,14 @@ def acting(self: LM) -> tuple: # of what `steer` opened
         raise RuntimeError("Another thread or task is steering this model, and this one has not said what it wants; where the model is "
                            "run, open `with lm.steer(...):`, or `with lm.unsteered():` for no steering.")
     return self.steerings or ()
+
+# %% ../nbs/00_lm.ipynb #lm3000a7
+def in_this_thread(
+    hook: Callable, # a hook of a module
+) -> Callable: # the same hook, which does nothing in other threads
+    "Limit a hook to the thread that registers it."
+    mine = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == mine else None
 
 # %% ../nbs/00_lm.ipynb #7b15b36f
 @patch
@@ -472,7 +480,7 @@ def _head_at(self: LM, this: Pass) -> Iterator[Callable[[Tensor], Tensor]]:
     def finish(logits: Tensor) -> Tensor:
         logits = logits if gathered else this.pick(logits)
         return logits[0, this.places[1].to(logits.device)] if isinstance(this.keep, tuple) else logits
-    handle = head.register_forward_pre_hook(gather) if head is not None and this.keep is not None else None
+    handle = head.register_forward_pre_hook(in_this_thread(gather)) if head is not None and this.keep is not None else None
     try: yield finish
     finally:
         if handle is not None: handle.remove()
@@ -544,13 +552,12 @@ def watching(self: LM,
     before_steering: bool = False, # look before the vectors that are already active act at these blocks
 ) -> Iterator[dict[int, object]]: # layer -> what was kept, of the last pass
     "Within this context every pass leaves the streams [B, Q, d_model] that enter blocks in a dict."
-    streams, thread = {}, threading.get_ident()
+    streams: dict[int, object] = {}
     def watch(layer: int):
         def look(module, args, kwargs):
-            if threading.get_ident() != thread: return # somebody else's pass
             streams[layer] = keep(args, kwargs)
             if stop: raise _Reached
-        return look
+        return in_this_thread(look)
     handles = [self.layers[layer].register_forward_pre_hook(watch(layer), with_kwargs=True, prepend=before_steering) for layer in layers]
     try:
         with uncompiled(): yield streams

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .lm import LM, Pass, block_input, can_select_rows
+from .lm import LM, Pass, block_input, can_select_rows, in_this_thread
 
 # %% auto #0
 __all__ = ['TokenTree', 'tree_attention']
@@ -34,9 +34,9 @@ def resume(self: LM,
     def skip(hidden_states, *args, **kwargs): return (hidden_states, *[None] * (size - 1)) if size else hidden_states
     def inject(module, args, kwargs): return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
     below = list(self.layers[:self.check_layer(layer)])
-    before = [vars(block).get("forward") for block in below]
     self.turn.acquire() # no other thread's pass begins here
-    handle = self.layers[layer].register_forward_pre_hook(inject, with_kwargs=True, prepend=True)
+    before = [vars(block).get("forward") for block in below]
+    handle = self.layers[layer].register_forward_pre_hook(in_this_thread(inject), with_kwargs=True, prepend=True)
     try:
         for block in below: block.forward = skip
         yield
@@ -207,7 +207,8 @@ def _last_mlp(lm: LM, forward: Callable, this: Pass):
     def scatter(module, args, out):
         return out.new_zeros(shapes.pop()).index_put(at(out), out[0]) if shapes else None
     try:
-        hooks = [mlp.register_forward_pre_hook(gather, with_kwargs=True), mlp.register_forward_hook(scatter)]
+        hooks = [mlp.register_forward_pre_hook(in_this_thread(gather), with_kwargs=True),
+                 mlp.register_forward_hook(in_this_thread(scatter))]
         return forward(this)
     finally:
         for hook in hooks: hook.remove()

@@ -296,6 +296,7 @@ class _Locator:
         self.where: TokenPositions | None = None # of the pass that is running
         self.lengths: WeakKeyDictionary[object, Tensor] = WeakKeyDictionary() # of the prompts in a cache
         self.begun: Tensor | None = None # the same for a pass that makes its own cache
+        self.text: Tensor | None = None # what the last prompt was
 
     def here(self) -> TokenPositions:
         where = self.where or self.lm.where
@@ -311,7 +312,7 @@ def read(self: _Locator, model: nn.Module, args: tuple, kwargs: dict) -> TokenPo
     tokens = next(t for t in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if t is not None)
     (batch, columns), call = tokens.shape[:2], _generating.get()
     ours = call is not None and call.model is model
-    located = call.locate(kwargs, batch, columns) if ours else self._locate(kwargs, batch, columns, tokens.device)
+    located = call.locate(kwargs, batch, columns) if ours else self._locate(kwargs, tokens)
     self.require(located is not None, located is not None and located[1] is not None)
     mask, lengths, rows = located or (torch.ones(batch, columns, dtype=torch.bool), None, torch.arange(batch))
     mask, rows = mask.to(tokens.device), rows.to(tokens.device)
@@ -332,7 +333,8 @@ def require(self: _Locator, positions: bool, lengths: bool) -> None:
 def _is_packed(kwargs: dict) -> bool: return any(name.startswith("cu_seq") for name in kwargs) # texts of several requests in one row
 
 @patch
-def _locate(self: _Locator, kwargs: dict, batch: int, columns: int, device: torch.device) -> _Located:
+def _locate(self: _Locator, kwargs: dict, tokens: Tensor) -> _Located: # [B, Q], or [B, Q, d_model]
+    (batch, columns), device = tokens.shape[:2], tokens.device
     cache, mask, self.begun = _cache(kwargs), kwargs.get("attention_mask"), None
     start = 0 if cache is None else _cache_length(cache)
     if start is None or _is_packed(kwargs): return None
@@ -341,7 +343,9 @@ def _locate(self: _Locator, kwargs: dict, batch: int, columns: int, device: torc
     mask, positions = mask.bool(), kwargs.get("position_ids")
     expected, valid = (mask.long().cumsum(-1) - 1)[:, -columns:], mask[:, -columns:]
     if positions is not None and positions.ndim == 2 and ((positions.to(device) != expected) & valid).any(): return None # packed
-    if start == 0: self.begun = mask.sum(-1)
+    if start == 0:
+        before, self.text = self.text, tokens
+        if before is None or not torch.equal(before, tokens[:, :-1]): self.begun = mask.sum(-1)
     lengths = self.begun if start == 0 else self.lengths.get(cache) if columns == 1 else None
     return mask, lengths if lengths is not None and len(lengths) == batch else None, torch.arange(batch)
 

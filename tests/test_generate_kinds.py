@@ -154,10 +154,14 @@ def test_what_does_not_say_which_tokens_it_holds_is_refused_and_all_is_right():
         past = lm.model(ids, use_cache=True).past_key_values
         return lm.model(torch.tensor([[5, 6]]), past_key_values=past, use_cache=True).logits
 
+    def a_loop_without_a_cache():
+        lm.model(ids)
+        return lm.model(torch.cat([ids, ids[:, :1]], 1)).logits
+
     packed = lambda: lm.model(ids, position_ids=torch.arange(ids.shape[1])[None] % 5).logits
     small = dict(continuous_batching_config=ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=32), max_new_tokens=5, eos_token_id=-1)
     guided, batched = lambda: theirs(lm, ids, guidance_scale=2.0), lambda: lm.model.generate_batch([ids[0].tolist()], **small)
-    for call in (several_on_a_cache, packed, guided, batched):
+    for call in (several_on_a_cache, a_loop_without_a_cache, packed, guided, batched):
         for rule in ("prompt", "completion", "last_1", "-2:"):
             with pytest.raises(RuntimeError, match=REFUSED), lm.steer(Steering(vector(lm), 2, positions=rule)), torch.no_grad():
                 call()
@@ -225,6 +229,25 @@ def test_threads_are_steered_each_by_its_own():
         with ThreadPoolExecutor(4) as pool:
             assert list(pool.map(answer, steerings, [barrier] * 4)) == alone
     assert not lm.attached and not [m for m in lm.model.modules() if m._forward_pre_hooks or "forward" in vars(m)]
+
+
+def test_direct_calls_in_one_thread_are_not_touched_by_passes_of_another():
+    lm, stop = tiny_lm(), threading.Event()
+    ids = torch.tensor([lm.encode(TEXT)])
+    expected, wrong = lm.model(ids).logits, []
+
+    def direct():
+        while not stop.is_set():
+            wrong.append(not torch.allclose(lm.model(ids).logits, expected, atol=1e-4))
+
+    thread = threading.Thread(target=direct)
+    thread.start()
+    for _ in range(20):
+        lm.log_probs([TEXT, SHORT], [SHORT, TEXT])
+        lm.hidden_states(TEXT, 1)
+    stop.set()
+    thread.join()
+    assert wrong and not any(wrong)
 
 
 def test_a_thread_that_says_nothing_is_refused_while_another_one_steers():
