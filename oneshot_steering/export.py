@@ -172,10 +172,11 @@ def _with_biases(lm: LM) -> nn.Module:
     kind = type(lm.model) if isinstance(lm.model, transformers.PreTrainedModel) else AutoModelForCausalLM
     made = getattr(kind, "_from_config", AutoModelForCausalLM.from_config)(config, dtype=lm.dtype).to(lm.device)
     made.generation_config = copy.deepcopy(lm.model.generation_config)
-    missing, unexpected = made.load_state_dict(lm.model.state_dict(), strict=False)
+    try: missing, unexpected = made.load_state_dict(lm.model.state_dict(), strict=False)
+    except RuntimeError: missing, unexpected = [], ["weights of another shape"]
     if unexpected or not all(name.endswith(".bias") for name in missing):
-        raise ValueError(f"{lm.name} is not a plain {type(made).__name__} (adapters or quantised weights?); "
-                         "merge or dequantise it first.")
+        raise ValueError(f"{lm.name} is not a plain {type(made).__name__} (adapters, quantised or offloaded weights?); "
+                         "merge, dequantise or reload it first.")
     for name in missing:
         made.get_parameter(name).data.zero_()
     return made
@@ -207,7 +208,7 @@ def bake(
         name = _last_module(lm, layer)
         place = baked.layers[layer - 1].get_submodule(name)
         weight, bias = getattr(place, "weight", None), getattr(place, "bias", None)
-        if weight is None or weight.ndim != 2 or bias is None:
+        if not isinstance(weight, Tensor) or weight.ndim != 2 or bias is None:
             raise ValueError(f"{type(lm.model).__name__} has no place for the vector: block {layer - 1} ends with {name} "
                              f"({type(place).__name__}), which is no linear layer with a bias.")
         bias += _sum(several).to(bias)

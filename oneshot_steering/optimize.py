@@ -634,6 +634,23 @@ def _drive(lm: LM, runs: Sequence[_Run], tokens: int, bar: Progress) -> None:
                 if waiting[run] is None: del waiting[run]
             bar.update(len(together), loss=f"{statistics.mean(run.history[-1].sum().item() for run in together):.3g}")
 
+# %% ../nbs/03_optimize.ipynb #9e9bedeb
+@contextmanager
+def _passed_on(lm: LM) -> Iterator[None]:
+    "Within this context each linear layer is looked at once: what depends on the vector must do so behind it, too."
+    def look(module, args, output):
+        if not torch.is_grad_enabled() or not args or not isinstance(args[0], Tensor) or not args[0].requires_grad: return
+        name, handle = looking.pop(module)
+        handle.remove()
+        if isinstance(output, Tensor) and (output.grad_fn is None or "NotImplemented" in output.grad_fn.name()):
+            raise ValueError(f"No gradient goes through {name} ({type(module).__name__}) of {lm.name}, so no vector can be "
+                             "optimised on it; optimise on the model before it was quantised, the vector then serves both.")
+    linear = [(name, module) for name, module in lm.model.named_modules() if hasattr(module, "in_features")]
+    looking = {module: (name, module.register_forward_hook(look)) for name, module in linear}
+    try: yield
+    finally:
+        for _, handle in looking.values(): handle.remove()
+
 # %% ../nbs/03_optimize.ipynb #2c4253e2
 @contextmanager
 def _gradients(lm: LM) -> Iterator[None]:
@@ -643,7 +660,7 @@ def _gradients(lm: LM) -> Iterator[None]:
     if lm.device.type == "cpu" and lm.config._attn_implementation == "flex_attention":
         raise ValueError("attn_implementation='flex_attention' gives no gradients on a processor; "
                          "call lm.model.set_attn_implementation('eager') first.")
-    with torch.inference_mode(False), torch.enable_grad(): yield
+    with torch.inference_mode(False), torch.enable_grad(), _passed_on(lm): yield
 
 # %% ../nbs/03_optimize.ipynb #bb97c95f
 def optimize_many(

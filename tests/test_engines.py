@@ -284,3 +284,21 @@ def test_weights_that_torchao_quantises():
         assert close(our_logits(lm), by_hand(models[1], VECTOR))
     fit = optimize(lm, EXAMPLE, 2, steps=3, lr=0.3, progress=False)
     assert fit.losses.sum(-1)[-1] < fit.losses.sum(-1)[0]
+
+
+def test_quantised_layers_that_pass_no_gradient_on_are_named():
+    lm, quantise = tiny_lm(), torch.ao.quantization.quantize_dynamic
+    last = lm.model.model.layers[3]
+    last.mlp = quantise(last.mlp, {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"No gradient goes through model\.layers\.3\.mlp\.gate_proj"):
+        optimize(lm, EXAMPLE, 2, steps=1, lr=0.3, progress=False)
+    plain = tiny_lm()
+    optimize(plain, EXAMPLE, 2, steps=1, progress=False)
+    assert all(plain.shortcuts.values())  # which were tried within
+    assert not any(module._forward_hooks for module in lm.model.modules())
+
+
+def test_what_cannot_be_copied_is_not_baked():
+    accelerate = pytest.importorskip("accelerate")
+    with pytest.raises(ValueError, match="reload it first"):
+        bake(LM(accelerate.cpu_offload(tiny_model(), torch.device("cpu")), tiny_tokenizer()), VECTOR)
