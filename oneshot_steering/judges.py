@@ -54,8 +54,9 @@ class LMJudge:
     @torch.no_grad()
     def _next(self, sequences: list[list[int]]) -> Iterator[torch.Tensor]: # [vocabulary] each
         for start in range(0, len(sequences), self.batch_size):
-            ids, mask = self.lm.pad(sequences[start:start + self.batch_size], side="left")
-            yield from self.lm.run(ids, mask, mask.sum(-1), keep=1).logits[:, -1].float().softmax(-1).cpu()
+            ids, mask = self.lm.pad(sequences[start:start + self.batch_size])
+            last = torch.arange(len(ids), device=ids.device), mask.sum(-1) - 1
+            yield from self.lm.run(ids, mask, mask.sum(-1), keep=last).logits.float().softmax(-1).cpu()
 
 # %% ../nbs/06a_judges.ipynb #f805c297
 def _below(tree: Mapping[tuple, int], prefix: tuple) -> set[tuple]: # the nodes one token below

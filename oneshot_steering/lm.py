@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, wraps
+from itertools import groupby
 from typing import ClassVar
 
 import torch
@@ -31,8 +32,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # %% auto #0
 __all__ = ['Messages', 'find_blocks', 'TokenPositions', 'why_unsuitable', 'why_unsuitable_adapter', 'LM', 'in_this_thread',
-           'Pair', 'completion_places', 'Pass', 'uncompiled', 'block_input', 'Sampling', 'Sampler', 'can_select_rows',
-           'Progress']
+           'Pair', 'completion_places', 'UnsupportedModel', 'Pass', 'uncompiled', 'block_input', 'block_arguments',
+           'Sampling', 'Sampler', 'can_select_rows', 'Progress']
 
 # %% ../nbs/00_lm.ipynb #fd0d45df
 def find_blocks(
@@ -120,6 +121,7 @@ def why_unsuitable_adapter(
 # %% ../nbs/00_lm.ipynb #lm1000a3
 class LM:
     "A causal language model with its tokenizer: exact tokens, decoder blocks, generation, log-probabilities."
+    safeguards: ClassVar[dict[str, Callable]] = {} # what makes a pass right, put around every one, see `run`
     around_pass: ClassVar[dict[str, Callable]] = {} # what shortcuts put around every pass, see `run`
     where: TokenPositions | None = _PerThread(None) # of the pass that is running
     steerings: tuple | None = _PerThread(None) # the steering contexts that act; () for none, None if this thread has not said
@@ -139,6 +141,11 @@ class LM:
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.layers = find_blocks(model, layers)
         self.stand_alone()
+        self.first_position = 0 # what the model calls the position of a text's first token
+        self.few_logits = True # whether the head may be given few places only
+        self.mlp_by_token = False # whether nothing mixes tokens between the last block's MLP and the logits
+        self.unusable_layers: dict[int, str] = {} # blocks where nothing can be read or steered, and why
+        self.unusable_padding: dict[str, str] = {} # sides where padding changes what a row gives, and what was found
         self.shortcuts: dict[str, bool] = {} # the shortcuts tried so far, and whether they agreed with the plain way
         self._turn_ends: dict[str, int | None] = {} # per chat template, the token that ends an assistant's message
         inner = getattr(model, "get_base_model", lambda: model)()
@@ -366,7 +373,33 @@ def _plain_chat(messages: list[dict], options: dict) -> str:
         raise ValueError(f"Without a chat template only texts of {', '.join(says)} can be written, not a message of {other}.")
     return "".join(says[m["role"]].format(_joined(m["content"])) for m in messages) + "Assistant:"
 
+# %% ../nbs/00_lm.ipynb #lm4000a1
+class UnsupportedModel(ValueError):
+    "A model, or a layer or a batch of it, on which this library would give wrong numbers; says why, and what to do."
+
+@patch
+def ready(self: LM) -> None:
+    "May it be used at all? Raises `UnsupportedModel` where its passes would be wrong."
+
+@patch
+def can_pad(self: LM, side: str, length: int) -> bool:
+    "Is a row of a batch of up to `length` tokens what it is alone, when it is padded on this side?"
+    return side not in self.unusable_padding
+
+@patch
+def can_cache(self: LM, length: int) -> bool:
+    "Does a text of up to `length` tokens go on from a KV cache as it does without one?"
+    return True
+
+@patch
+def position_key(self: LM, length: int) -> object:
+    "What do positions mean in a text of this length? Lengths with equal keys share it."
+
 # %% ../nbs/00_lm.ipynb #5260d0d0
+@patch(as_prop=True)
+def filler_id(self: LM) -> int: # the token that stands at padding
+    return next(i for i in (self.tok.pad_token_id, self.tok.eos_token_id, 0) if i is not None)
+
 @patch
 def pad(self: LM,
     sequences: Sequence[Sequence[int]], # token ids, any lengths
@@ -374,8 +407,9 @@ def pad(self: LM,
 ) -> tuple[Tensor, Tensor]: # ids [B, T] and mask [B, T] (bool), on the model's device
     "Sequences as one padded batch."
     width = max(map(len, sequences))
-    filler = next(i for i in (self.tok.pad_token_id, self.tok.eos_token_id, 0) if i is not None)
-    ids = torch.full((len(sequences), width), filler, dtype=torch.long)
+    if any(len(sequence) < width for sequence in sequences) and not self.can_pad(side, width):
+        raise UnsupportedModel(self.unusable_padding[side])
+    ids = torch.full((len(sequences), width), self.filler_id, dtype=torch.long)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         columns = slice(width - len(sequence), None) if side == "left" else slice(len(sequence))
@@ -446,9 +480,11 @@ def run(self: LM,
 ): # the model's output; `.logits` is [B, T, vocabulary], [B, keep, vocabulary] or [places, vocabulary]
     "One forward pass with right positions, steered by whatever is active."
     rows = torch.arange(len(ids), device=ids.device) if rows is None else rows
-    forward = self.forward
-    for around in self.around_pass.values() if self.use_shortcuts else (): forward = partial(around, self, forward)
-    with self.turn: return forward(Pass(ids, mask, prompt_lengths, rows, keep, attention, options))
+    forward, shortcuts = self.forward, self.around_pass.values() if self.use_shortcuts else ()
+    for around in (*self.safeguards.values(), *shortcuts): forward = partial(around, self, forward)
+    with self.turn:
+        self.ready()
+        return forward(Pass(ids, mask, prompt_lengths, rows, keep, attention, options))
 
 # %% ../nbs/00_lm.ipynb #lm1000c0
 @patch
@@ -456,7 +492,7 @@ def forward(self: LM, this: Pass): # the model's output
     "The plain way to run a pass."
     options, attention = {"use_cache": False, **this.options}, this.mask.long()
     if this.attention is not None: attention = _additive(this.attention, self.dtype)
-    if "position_ids" in self._accepts: options["position_ids"] = this.positions
+    if "position_ids" in self._accepts: options["position_ids"] = this.positions + self.first_position
     where = TokenPositions(this.positions, this.mask[:, -this.ids.shape[1]:], this.prompt_lengths, this.rows)
     with self.at(where), self._head_at(this) as finish:
         out = self.model(input_ids=this.ids, attention_mask=attention, **options)
@@ -480,7 +516,8 @@ def _head_at(self: LM, this: Pass) -> Iterator[Callable[[Tensor], Tensor]]:
     def finish(logits: Tensor) -> Tensor:
         logits = logits if gathered else this.pick(logits)
         return logits[0, this.places[1].to(logits.device)] if isinstance(this.keep, tuple) else logits
-    handle = head.register_forward_pre_hook(in_this_thread(gather)) if head is not None and this.keep is not None else None
+    wanted = head is not None and self.few_logits and this.keep is not None
+    handle = head.register_forward_pre_hook(in_this_thread(gather)) if wanted else None
     try: yield finish
     finally:
         if handle is not None: handle.remove()
@@ -502,11 +539,14 @@ def verified(self: LM,
     return self.shortcuts[name]
 
 # %% ../nbs/00_lm.ipynb #lm1000c4
+@patch(as_prop=True)
+def tolerance(self: LM) -> float: # as a share of the largest number
+    return 1e-3 if self.dtype in (torch.float32, torch.float64) else 4e-2
+
 @patch
 def agree(self: LM, one: Tensor, other: Tensor) -> bool:
     "Whether two ways to compute the same give the same, up to rounding in this model's precision."
-    tolerance = 1e-3 if self.dtype in (torch.float32, torch.float64) else 4e-2
-    return one.shape == other.shape and bool((one.float() - other.float()).abs().max() <= tolerance * other.float().abs().max())
+    return one.shape == other.shape and bool((one.float() - other.float()).abs().max() <= self.tolerance * other.float().abs().max())
 
 # %% ../nbs/00_lm.ipynb #lm1000c6
 @patch
@@ -531,14 +571,20 @@ def unsteered(self: LM) -> Iterator[None]:
 def check_layer(self: LM,
     layer: int, # a block's number; negative counts from the last
 ) -> int: # the same block, counted from 0
-    "A layer of this model as a non-negative number, or a `ValueError` that says which exist."
+    "A layer of this model as a non-negative number, or a `ValueError` that says which exist, or why this one cannot be used."
     if not -self.n_layers <= layer < self.n_layers:
         raise ValueError(f"layer {layer} does not exist: {self.name} has layers 0..{self.n_layers - 1} (the inputs of its blocks).")
+    self.ready()
+    if (layer % self.n_layers) in self.unusable_layers: raise UnsupportedModel(self.unusable_layers[layer % self.n_layers])
     return layer % self.n_layers
 
 def block_input(args: tuple, kwargs: dict) -> Tensor:
     "The residual stream among the arguments a decoder block was called with, [B, Q, d_model]."
     return args[0] if args else kwargs["hidden_states"]
+
+def block_arguments(args: tuple, kwargs: dict, stream: Tensor) -> tuple[tuple, dict]:
+    "The arguments of a decoder block with another residual stream."
+    return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
 
 # %% ../nbs/00_lm.ipynb #lm000010
 class _Reached(Exception): "Raised inside a forward pass once the wanted layer has been seen; never leaves this module."
@@ -552,6 +598,7 @@ def watching(self: LM,
     before_steering: bool = False, # look before the vectors that are already active act at these blocks
 ) -> Iterator[dict[int, object]]: # layer -> what was kept, of the last pass
     "Within this context every pass leaves the streams [B, Q, d_model] that enter blocks in a dict."
+    self.ready()
     streams: dict[int, object] = {}
     def watch(layer: int):
         def look(module, args, kwargs):
@@ -764,11 +811,14 @@ def decode_steps(self: LM,
     "Continue token sequences as one batch, under whatever steering is active."
     rows, sampler = list(range(len(prompts))) if rows is None else rows, sampler or Sampler(Sampling())
     ids, mask = self.pad(prompts, side="left")
+    use_cache = use_cache and self.can_cache(ids.shape[1] + most)
+    if not (mask.all() or self.can_pad("left", ids.shape[1] + most)): raise UnsupportedModel(self.unusable_padding["left"])
     lengths, row_ids = mask.sum(-1), torch.tensor(rows, device=ids.device)
     stop, past, new = torch.tensor(sorted({*self.stop_ids(), *stop}), device=ids.device), None, ids
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     alive = list(range(len(ids)))
     for _ in range(most):
+        if past is not None and self._positions_change(mask): past = None
         cached = dict(past_key_values=past) if past is not None else {}
         with torch.no_grad(): out = self.run(new if cached else ids, mask, lengths, row_ids, keep=1, use_cache=use_cache, **cached)
         past = getattr(out, "past_key_values", None) if use_cache else None # None where a model keeps no cache
@@ -787,6 +837,10 @@ def decode_steps(self: LM,
             ids, mask, new, lengths, row_ids, ended = (t[left] for t in (ids, mask, new, lengths, row_ids, ended))
             alive = [alive[i] for i in left.tolist()]
             sampler.keep(left.tolist())
+
+@patch
+def _positions_change(self: LM, mask: Tensor) -> bool: # whether a cache holds keys of positions that mean something else now
+    return any(self.position_key(n) != self.position_key(n - 1) for n in set(mask.sum(-1).tolist()))
 
 # %% ../nbs/00_lm.ipynb #8a6b73cd
 class Progress:
@@ -873,6 +927,14 @@ def _pieces(self: LM, encoded: list[list[int]], batches: list[list[int]], sampli
             yield from ((row, rest) for row, text in zip(rows, writing, strict=True) if (rest := text.rest()))
             bar.update(len(rows) * (most - steps))
 
+@patch
+def _batches(self: LM, encoded: list[list[int]], batch_size: int, most: int) -> list[list[int]]: # rows, the shortest first
+    order = sorted(range(len(encoded)), key=lambda row: len(encoded[row]))
+    longest, shortest = len(encoded[order[-1]]), len(encoded[order[0]])
+    together = longest == shortest or self.can_pad("left", longest + most)
+    equal = groupby(order, key=lambda row: 0 if together else len(encoded[row]))
+    return [rows[i:i + batch_size] for _, group in equal for rows in [list(group)] for i in range(0, len(rows), batch_size)]
+
 # %% ../nbs/00_lm.ipynb #e9760a2b
 @patch
 def generate(self: LM,
@@ -894,8 +956,7 @@ def generate(self: LM,
     if streams is not None and len(streams) != len(texts):
         raise ValueError(f"{len(streams)} streams for {len(texts)} prompts: give one each.")
     encoded = [self.encode_prompt(t) for t in texts]
-    order = sorted(range(len(texts)), key=lambda row: len(encoded[row]))
-    batches = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = self._batches(encoded, batch_size, sampling.max_new_tokens)
     pieces = self._pieces(encoded, batches, sampling, streams, use_cache, quiet=stream)
     if stream: return (piece for _, piece in pieces) if isinstance(prompts, str) else pieces
     new = [""] * len(texts)

@@ -29,7 +29,7 @@ def _last_logits(
     distinct, row = prompt.unique(return_inverse=True)
     ids, mask = lm.pad([prompts[p] for p in distinct])
     lengths, row = mask.sum(-1), row.to(ids.device)
-    states = lm.states_at(layer, ids, mask, lengths) if layer and lm.can_resume else None
+    states = lm.states_at(layer, ids, mask, lengths) if layer and lm.trusted("resume", ids.shape[1], layer) else None
     last = torch.arange(len(row), device=ids.device), lengths[row] - 1
     with lm.steer(rows=vectors), lm.resume(layer, states[row]) if states is not None else nullcontext():
         return lm.run(ids[row], mask[row], lengths[row], keep=last).logits.float()

@@ -216,9 +216,10 @@ def _row_for(branch: _Branch, rows: Sequence[TokenTree], first: Sequence[_Branch
     best = max(same, key=lambda i: rows[i].shared(branch.ids), default=None)
     return None if best is None or 4 * rows[best].shared(branch.ids) < len(branch.ids) else best
 
-def _lay_out(lm: LM, branches: Sequence[_Branch]) -> Layout:
+def _lay_out(lm: LM, branches: Sequence[_Branch], packed: bool = True) -> Layout:
     "Rows for the branches: trees where the model allows them, else one row per branch."
-    packable = lm.can_pack and max(len(b.ids) for b in branches) <= (lm.window or math.inf)
+    lengths = [len(b.ids) for b in branches]
+    packable = packed and lm.can_pack and max(lengths) <= (lm.window or math.inf) and len({lm.position_key(n) for n in lengths}) == 1
     rows, first, places = [], [], [] # the rows, the first branch of each, and where each branch is
     for branch in branches:
         row = _row_for(branch, rows, first) if packable else None
@@ -227,8 +228,9 @@ def _lay_out(lm: LM, branches: Sequence[_Branch]) -> Layout:
             rows.append(TokenTree())
             first.append(branch)
         places.append((row, tuple(rows[row].add(branch.ids))))
-    ids, mask = lm.pad([row.ids for row in rows])
-    attention = tree_attention(rows, ids.shape[1]).to(ids.device) if any(row.is_tree for row in rows) else None
+    tree, ids, mask = any(row.is_tree for row in rows), *lm.pad([row.ids for row in rows])
+    if tree and not lm.trusted("tree attention", max(lengths), ids.shape[1]): return _lay_out(lm, branches, packed=False)
+    attention = tree_attention(rows, ids.shape[1]).to(ids.device) if tree else None
     lengths = torch.tensor([f.boundary for f in first], device=ids.device)
     return Layout(ids, mask, lengths, attention, tuple(f.example for f in first), tuple(places))
 
@@ -353,7 +355,7 @@ def losses_together(
 # %% ../nbs/02_objective.ipynb #b698b1d7
 def _resumed(lm: LM, first: int, problems: Sequence[tuple[Terms, Steering | None]], width: int):
     "Begin at block `first` with the unsteered streams of all problems."
-    if not first or not lm.can_resume: return nullcontext()
+    if not first or not lm.trusted("resume", width, first): return nullcontext()
     streams = [terms._unsteered(first, steering) for terms, steering in problems]
     return lm.resume(first, torch.cat([pad(stream, (0, 0, 0, width - stream.shape[1])) for stream in streams]))
 

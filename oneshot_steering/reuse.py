@@ -15,10 +15,27 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .lm import LM, Pass, block_input, can_select_rows, in_this_thread
+from . import rotary # noqa: F401 shortcuts are for passes that are right
+from .contract import some_tokens
+from .lm import LM, Pass, block_arguments, block_input, can_select_rows, in_this_thread
 
 # %% auto #0
 __all__ = ['TokenTree', 'tree_attention']
+
+# %% ../nbs/00b_reuse.ipynb #re2000a3
+_COMPARISONS: dict[str, Callable] = {} # of each shortcut with the plain way: a model, a length and perhaps more to results
+
+@patch
+def trusted(self: LM,
+    name: str, # of a shortcut below
+    length: int = 0, # tokens of the longest row of a job
+    *more: int, # for the comparison: the layer, or the width of a packed row
+) -> bool:
+    "Whether a shortcut gives this model's own logits on rows of some length; found out on first use."
+    compare = _COMPARISONS[name]
+    if not self.verified(name, partial(compare, self, 8)): return False
+    if not (size := self.size_class(length)): return True
+    return self.verified(f"{name}{list(more) if more else ''} at {size} tokens", partial(compare, self, size, *more))
 
 # %% ../nbs/00b_reuse.ipynb #3fd09b80
 LM.block_outputs = 0 # entries of the tuple that a block returns, 0 if it returns a tensor; `can_resume` finds out
@@ -32,13 +49,15 @@ def resume(self: LM,
     "Within this context a pass (without a KV cache) starts at block `layer` from `states`; the blocks below are skipped."
     size = self.block_outputs
     def skip(hidden_states, *args, **kwargs): return (hidden_states, *[None] * (size - 1)) if size else hidden_states
-    def inject(module, args, kwargs): return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+    def inject(module, args, kwargs): return block_arguments(args, kwargs, states)
     below = list(self.layers[:self.check_layer(layer)])
     self.turn.acquire() # no other thread's pass begins here
     before = [vars(block).get("forward") for block in below]
     handle = self.layers[layer].register_forward_pre_hook(in_this_thread(inject), with_kwargs=True, prepend=True)
     try:
-        for block in below: block.forward = skip
+        for block, forward in zip(below, before, strict=True):
+            block.forward = partial(skip)
+            block.forward.instead_of = forward # the model is still the one that was checked
         yield
     finally:
         handle.remove()
@@ -51,19 +70,21 @@ def resume(self: LM,
 @patch(as_prop=True)
 def can_resume(self: LM) -> bool:
     "Whether `resume` gives this model's own logits; found out on first use."
-    return self.verified("resume", partial(_compare_resumed, self))
+    return self.trusted("resume")
 
-def _compare_resumed(lm: LM) -> list[tuple[Tensor, Tensor]]:
-    ids, mask = lm.pad([[*lm.prefix_ids, *range(5, 12)]])
+def _compare_resumed(lm: LM, length: int, layer: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    ids, mask = lm.pad([some_tokens(lm, length)])
     outputs, lengths = [], mask.sum(-1)
     handle = lm.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
     try: logits = lm.run(ids, mask, lengths).logits
     finally: handle.remove()
     lm.block_outputs = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
     resumed = []
-    for layer in {1, lm.n_layers // 2, lm.n_layers - 1} & set(range(lm.n_layers)):
-        with lm.resume(layer, lm.states_at(layer, ids, mask, lengths)): resumed.append(lm.run(ids, mask, lengths).logits)
+    for start in {1, lm.n_layers // 2, lm.n_layers - 1} & set(range(lm.n_layers)) if layer is None else [layer]:
+        with lm.resume(start, lm.states_at(start, ids, mask, lengths)): resumed.append(lm.run(ids, mask, lengths).logits)
     return [(r, logits) for r in resumed]
+
+_COMPARISONS["resume"] = _compare_resumed
 
 # %% ../nbs/00b_reuse.ipynb #a318bc93
 class TokenTree:
@@ -119,17 +140,22 @@ def tree_attention(
 @patch(as_prop=True)
 def can_pack(self: LM) -> bool:
     "Whether packed rows give this model's own logits; found out on first use."
-    return self.verified("tree attention", partial(_compare_packed, self))
+    return self.trusted("tree attention")
 
-def _compare_packed(lm: LM) -> list[tuple[Tensor, Tensor]]:
-    depth, row = min(8, lm.window or 8), TokenTree()
-    branches = [[*lm.prefix_ids, *range(5, 9), *range(start, start + 4)][:depth] for start in (12, 16)]
-    columns = [row.add(b) for b in branches]
+def _compare_packed(lm: LM, length: int, width: int = 0) -> list[tuple[Tensor, Tensor]]:
+    depth, row, branches, columns = min(length, lm.window or length), TokenTree(), [], []
+    while len(branches) < 2 or len(row.ids) < width: # sequences that share their first half, until the row is as wide as the job's
+        half = depth - depth // 2
+        branches.append(some_tokens(lm, half) + some_tokens(lm, half + depth, seed=len(branches) + 1)[-(depth - half):])
+        columns.append(row.add(branches[-1]))
+    branches, columns = [branches[0], branches[-1]], [columns[0], columns[-1]]
     ids, mask = lm.pad(branches)
     plain = lm.run(ids, mask, mask.sum(-1)).logits
     ids, mask = lm.pad([row.ids])
     packed = lm.run(ids, mask, mask.sum(-1), attention=tree_attention([row], len(row.ids)).to(ids.device)).logits[0]
     return [(torch.stack([packed[c] for c in columns]), plain)]
+
+_COMPARISONS["tree attention"] = _compare_packed
 
 # %% ../nbs/00b_reuse.ipynb #39ac98ca
 def _share_prompts(lm: LM, forward: Callable, this: Pass):
@@ -137,7 +163,7 @@ def _share_prompts(lm: LM, forward: Callable, this: Pass):
     prefill = this.options.get("use_cache") and this.options.get("past_key_values") is None
     if not prefill or not isinstance(this.keep, int) or lm.rows_differ_from == 0 or len(this.ids) == 1: return forward(this)
     prompts, each = torch.cat([this.ids, this.prompt_lengths[:, None]], 1).unique(dim=0, return_inverse=True)
-    if len(prompts) == len(this.ids) or not lm.can_share_prompts: return forward(this)
+    if len(prompts) == len(this.ids) or not _may_share(lm, this.ids.shape[1]): return forward(this)
     return _prefill(lm, forward, this, each)
 
 LM.around_pass["shared prompts"] = _share_prompts
@@ -167,17 +193,21 @@ def _run_below(lm: LM, layer: int, forward: Callable, this: Pass): # the stream 
 @patch(as_prop=True)
 def can_share_prompts(self: LM) -> bool:
     "Whether rows with equal prompts can share the first pass of a generation; found out on first use."
-    on_one_device = getattr(self.model, "hf_device_map", None) is None
-    return on_one_device and self.can_resume and self.verified("shared prompts", partial(_compare_shared, self))
+    return _may_share(self, 0)
+
+def _may_share(lm: LM, length: int) -> bool:
+    if getattr(lm.model, "hf_device_map", None) is not None or not lm.can_resume: return False
+    return lm.trusted("shared prompts", length, *([] if lm.rows_differ_from is None else [lm.rows_differ_from]))
 
 # %% ../nbs/00b_reuse.ipynb #re1000a7
-def _compare_shared(lm: LM) -> list[tuple[Tensor, Tensor]]:
-    layer, ids, mask = lm.n_layers // 2, *lm.pad([[*lm.prefix_ids, 5, 6, 7], [*lm.prefix_ids, 8, 9]] * 2, side="left")
+def _compare_shared(lm: LM, length: int, layer: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    layer, prompts = lm.n_layers // 2 if layer is None else layer, [some_tokens(lm, length), some_tokens(lm, max(1, length - 2), seed=1)]
+    ids, mask = lm.pad(prompts * 2 if length <= 8 else prompts[:1] * 4, side="left")
     prefill = Pass(ids, mask, mask.sum(-1), torch.arange(4, device=ids.device), keep=1, options=dict(use_cache=True))
     def push(module, args, kwargs):
         h = block_input(args, kwargs)
         h = h + h.std() * (lm.where.rows[:, None, None] + 1) * torch.linspace(-1, 1, h.shape[-1], device=h.device).to(h.dtype)
-        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+        return block_arguments(args, kwargs, h)
     handle = lm.layers[layer].register_forward_pre_hook(push, with_kwargs=True)
     lm.rows_differ_from = layer # `verified` restores it
     try:
@@ -193,11 +223,13 @@ def _two_steps(lm: LM, prefill: Pass, out) -> Tensor: # logits of a first pass a
     after = lm.run(prefill.ids[:, -1:], longer, prefill.prompt_lengths, keep=1, past_key_values=out.past_key_values, use_cache=True)
     return torch.cat([out.logits, after.logits], 1)
 
+_COMPARISONS["shared prompts"] = _compare_shared
+
 # %% ../nbs/00b_reuse.ipynb #re000009
 def _last_mlp(lm: LM, forward: Callable, this: Pass):
     "Within a pass that keeps logits at (rows, columns), the MLP of the last block gives zeros except there."
     mlp, shapes, hooks = getattr(lm.layers[-1], "mlp", None), [], []
-    if not isinstance(this.keep, tuple) or not isinstance(mlp, nn.Module): return forward(this)
+    if not isinstance(this.keep, tuple) or not isinstance(mlp, nn.Module) or not lm.mlp_by_token: return forward(this)
     places = this.places[0]
     at = lambda x: tuple(places.to(x.device))
     def gather(module, args, kwargs):

@@ -100,7 +100,8 @@ def _shared(pairs: Sequence[Pair]) -> int:
 def _start(lm: LM, pairs: Sequence[Pair]) -> _Start:
     "The shared beginning of pairs (shortest first), run once; nothing where that is not exact or not worth it."
     known, hooked = _shared(pairs), any(block._forward_pre_hooks or block._forward_hooks for block in lm.layers)
-    if not known or len(pairs) < 2 or hooked:
+    keys = {lm.position_key(length) for length in (known, *(len(p.ids) - 1 for p in pairs))} # what positions mean
+    if not known or len(pairs) < 2 or hooked or len(keys) > 1:
         return _Start()
     ids, mask = lm.pad([pairs[0].ids[:known]])
     try:
@@ -111,9 +112,9 @@ def _start(lm: LM, pairs: Sequence[Pair]) -> _Start:
     return start if _shares_exactly(lm, [pairs[0], pairs[-1]], start) else _Start()
 
 def _shares_exactly(lm: LM, pairs: Sequence[Pair], start: _Start) -> bool:
-    beyond = bool(lm.window) and len(pairs[-1].ids) > lm.window # the sliding window is another case
+    longest = len(pairs[-1].ids)
     bits = lambda start: torch.cat(_read(lm, pairs, [0, 1], start))
-    name = "shared start, beyond the window" if beyond else "shared start"
+    name = f"shared start at {longest} tokens" if lm.size_class(longest) else "shared start"
     return lm.verified(name, lambda: [(bits(start), bits(_Start()))])
 
 # %% ../nbs/08_surprisal.ipynb #94701ae6

@@ -191,11 +191,10 @@ def answer_loss(
     first: int = 0, # the first block that learns
 ) -> StepLoss:
     "The loss of each step: the mean over answer tokens."
-    resumable = lm.can_resume and first > 0
     def loss(step: int) -> tuple[Tensor, float]:
         pairs = [lm.encode_pair(*example) for example in batches[step]]
         ids, mask = lm.pad([pair.ids for pair in pairs])
-        lengths = mask.sum(-1)
+        lengths, resumable = mask.sum(-1), first > 0 and lm.trusted("resume", ids.shape[1], first)
         targets = torch.tensor([token for pair in pairs for token in pair.completion], device=ids.device)
         with lm.resume(first, lm.states_at(first, ids, mask, lengths)) if resumable else nullcontext():
             logits = lm.run(ids, mask, lengths, keep=completion_places(pairs, ids.device)).logits.float()
