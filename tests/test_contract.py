@@ -176,8 +176,11 @@ def test_models_that_see_the_future_are_refused(family):
 
 
 def test_what_is_no_language_model_is_refused():
-    config = tiny_model("llama").config
-    lm = LM(transformers.AutoModelForTokenClassification.from_config(config), tiny_tokenizer())
+    lm = LM(tiny_model("llama").model, tiny_tokenizer())  # the blocks without a head
+    with pytest.raises(UnsupportedModel, match="LlamaModel over a short text fails with AttributeError"):
+        lm.generate("the fox", 2)
+    lm = tiny_lm()
+    lm.model.lm_head = torch.nn.Linear(32, 2)
     with pytest.raises(UnsupportedModel, match="no causal language model"):
         lm.generate("the fox", 2)
 
