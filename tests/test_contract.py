@@ -5,7 +5,6 @@ import math
 import peft
 import pytest
 import torch
-import transformers
 
 from oneshot_steering.baselines import caa
 from oneshot_steering.lm import LM, UnsupportedModel, block_input
