@@ -14,7 +14,16 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .lm import LM, Pass, TokenPositions, UnsupportedModel, block_arguments, block_input, uncompiled
+from oneshot_steering.lm import (
+    LM,
+    Pass,
+    TokenPositions,
+    UnsupportedModel,
+    block_arguments,
+    block_input,
+    uncompiled,
+    why_unsuitable_adapter,
+)
 
 # %% auto #0
 __all__ = ['Check', 'Contract', 'check_contract', 'some_tokens']
@@ -223,6 +232,7 @@ def check_contract(
     lm: LM, # a model, without steering
 ) -> Contract: # what was found; what follows for layers and batches is kept in the `LM`
     "Try out what this library relies on, in two short passes (a few more where something does not hold)."
+    if why := why_unsuitable_adapter(lm.model): return Contract([Check("no adapter acts by place", why, _EVERYTHING)])
     text, other = _texts(lm)
     own = _own_logits(lm, text)
     if (shape := _check_shape(lm, own, text)).found: return Contract([shape])
