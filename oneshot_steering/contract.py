@@ -21,6 +21,7 @@ from oneshot_steering.lm import (
     UnsupportedModel,
     block_arguments,
     block_input,
+    in_this_thread,
     uncompiled,
     why_unsuitable_adapter,
 )
@@ -112,10 +113,10 @@ def _after_mlp(self: _Blocks, module, args, output): # the last row is changed a
 def __enter__(self: _Blocks) -> _Blocks:
     self.as_steered = uncompiled()
     self.as_steered.__enter__()
-    watch = lambda i, block: block.register_forward_pre_hook(self.hook(i), with_kwargs=True)
+    watch = lambda i, block: block.register_forward_pre_hook(in_this_thread(self.hook(i)), with_kwargs=True)
     self.handles = [watch(i, block) for i, block in enumerate(self.lm.layers)]
     mlp = getattr(self.lm.layers[-1], "mlp", None)
-    if isinstance(mlp, nn.Module): self.handles.append(mlp.register_forward_hook(self._after_mlp))
+    if isinstance(mlp, nn.Module): self.handles.append(mlp.register_forward_hook(in_this_thread(self._after_mlp)))
     return self
 @patch
 def __exit__(self: _Blocks, *error) -> None:
