@@ -620,6 +620,12 @@ def _passes(waiting: dict[_Run, _Problems], tokens: int, by_layer: bool) -> Iter
         yield together
 
 # %% ../nbs/03_optimize.ipynb #8196dba2
+def _backward(lm: LM, total: Tensor) -> None:
+    if not total.requires_grad:
+        raise ValueError(f"The losses of {lm.name} do not lead back to the vector, as its blocks pass no gradient on; "
+                         "no vector can be optimised on it.")
+    total.backward()
+
 def _drive(lm: LM, runs: Sequence[_Run], tokens: int, bar: Progress) -> None:
     "Answer what the runs ask until all have ended."
     waiting = {run: run.send() for run in runs}
@@ -628,7 +634,7 @@ def _drive(lm: LM, runs: Sequence[_Run], tokens: int, bar: Progress) -> None:
             problems = [problem for run in together for problem in waiting[run]]
             losses = iter(losses_together(lm, problems, together[0].first if lm.can_resume else 0))
             wants = {run: run.send([next(losses) for _ in waiting[run]]) for run in together}
-            if aims := [w for w in wants.values() if isinstance(w, Tensor)]: torch.stack(aims).sum().backward()
+            if aims := [w for w in wants.values() if isinstance(w, Tensor)]: _backward(lm, torch.stack(aims).sum())
             for run, want in wants.items():
                 waiting[run] = run.send() if isinstance(want, Tensor) else want
                 if waiting[run] is None: del waiting[run]
