@@ -14,7 +14,17 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .lm import LM, Pass, TokenPositions, UnsupportedModel, block_arguments, block_input, uncompiled
+from oneshot_steering.lm import (
+    LM,
+    Pass,
+    TokenPositions,
+    UnsupportedModel,
+    block_arguments,
+    block_input,
+    in_this_thread,
+    uncompiled,
+    why_unsuitable_adapter,
+)
 
 # %% auto #0
 __all__ = ['Check', 'Contract', 'check_contract', 'some_tokens']
@@ -106,10 +116,10 @@ def _after_mlp(self: _Blocks, module, args, output): # the last row is changed a
 def __enter__(self: _Blocks) -> _Blocks:
     self.as_steered = uncompiled()
     self.as_steered.__enter__()
-    watch = lambda i, block: block.register_forward_pre_hook(self.hook(i), with_kwargs=True)
+    watch = lambda i, block: block.register_forward_pre_hook(in_this_thread(self.hook(i)), with_kwargs=True)
     self.handles = [watch(i, block) for i, block in enumerate(self.lm.layers)]
     mlp = getattr(self.lm.layers[-1], "mlp", None)
-    if isinstance(mlp, nn.Module): self.handles.append(mlp.register_forward_hook(self._after_mlp))
+    if isinstance(mlp, nn.Module): self.handles.append(mlp.register_forward_hook(in_this_thread(self._after_mlp)))
     return self
 @patch
 def __exit__(self: _Blocks, *error) -> None:
@@ -226,6 +236,7 @@ def check_contract(
     lm: LM, # a model, without steering
 ) -> Contract: # what was found; what follows for layers and batches is kept in the `LM`
     "Try out what this library relies on, in two short passes (a few more where something does not hold)."
+    if why := why_unsuitable_adapter(lm.model): return Contract([Check("no adapter acts by place", why, _EVERYTHING)])
     text, other = _texts(lm)
     own = _own_logits(lm, text)
     if (shape := _check_shape(lm, own, text)).found: return Contract([shape])

@@ -105,17 +105,17 @@ def why_unsuitable(
 
 # %% ../nbs/00_lm.ipynb #98920796
 def why_unsuitable_adapter(
-    name: str, # of an adapter
-    config: object, # a `peft.PeftConfig`
-) -> str | None: # one sentence; None where nothing speaks against it
-    "Why a model with this PEFT adapter cannot be steered here."
-    if getattr(config, "is_prompt_learning", False):
-        kind = getattr(config.peft_type, "value", config.peft_type).lower().replace("_", " ")
-        return (f"The adapter {name!r} ({kind}) puts {config.num_virtual_tokens} virtual tokens in front of every text, which "
-                "shifts positions and logits; use an adapter that changes weights (LoRA, IA3), or say it in the prompt.")
-    if getattr(config, "alora_invocation_tokens", None):
-        return (f"The adapter {name!r} is an activated LoRA, which changes only what follows its invocation tokens; steering "
-                "here would not know where that is. Use a LoRA that acts everywhere.")
+    model: nn.Module, # with or without PEFT adapters
+) -> str | None: # one sentence; None where nothing speaks against them
+    "Why a model cannot be steered here with the PEFT adapters that it has."
+    for name, config in getattr(model, "peft_config", {}).items():
+        if getattr(config, "is_prompt_learning", False):
+            kind = getattr(config.peft_type, "value", config.peft_type).lower().replace("_", " ")
+            return (f"The adapter {name!r} ({kind}) puts {config.num_virtual_tokens} virtual tokens in front of every text, which "
+                    "shifts positions and logits; use an adapter that changes weights (LoRA, IA3), or say it in the prompt.")
+        if getattr(config, "alora_invocation_tokens", None):
+            return (f"The adapter {name!r} is an activated LoRA, which changes only what follows its invocation tokens; steering "
+                    "here would not know where that is. Use a LoRA that acts everywhere.")
     return None
 
 # %% ../nbs/00_lm.ipynb #lm1000a3
@@ -169,12 +169,8 @@ def _check_kind(model: transformers.PreTrainedModel) -> None:
         raise TypeError(f"LM takes a transformers model and its tokenizer, not {str(model)[:60]!r}; "
                         "load_lm(name_or_path) loads both.")
     inner = getattr(model, "get_base_model", lambda: model)()
-    if why := why_unsuitable(type(inner).__name__, model.config): raise ValueError(why)
-    _check_adapters(model)
-
-def _check_adapters(model: nn.Module) -> None:
-    for name, config in getattr(model, "peft_config", {}).items():
-        if why := why_unsuitable_adapter(name, config): raise ValueError(why)
+    why = why_unsuitable(type(inner).__name__, model.config) or why_unsuitable_adapter(model)
+    if why: raise ValueError(why)
 
 # %% ../nbs/00_lm.ipynb #lm000005
 @patch(as_prop=True)

@@ -5,6 +5,7 @@
 # %% ../nbs/00b_reuse.ipynb #re000003
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,8 +48,10 @@ def resume(self: LM,
     states: Tensor, # [B, T, d_model] from `states_at`, for the same tokens
 ) -> Iterator[None]:
     "Within this context a pass (without a KV cache) starts at block `layer` from `states`; the blocks below are skipped."
-    size = self.block_outputs
-    def skip(hidden_states, *args, **kwargs): return (hidden_states, *[None] * (size - 1)) if size else hidden_states
+    size, thread = self.block_outputs, threading.get_ident()
+    def skip(forward, hidden_states, *args, **kwargs):
+        if threading.get_ident() != thread: return forward(hidden_states, *args, **kwargs) # not our pass
+        return (hidden_states, *[None] * (size - 1)) if size else hidden_states
     def inject(module, args, kwargs): return block_arguments(args, kwargs, states)
     below = list(self.layers[:self.check_layer(layer)])
     self.turn.acquire() # no other thread's pass begins here
@@ -56,7 +59,7 @@ def resume(self: LM,
     handle = self.layers[layer].register_forward_pre_hook(in_this_thread(inject), with_kwargs=True, prepend=True)
     try:
         for block, forward in zip(below, before, strict=True):
-            block.forward = partial(skip)
+            block.forward = partial(skip, block.forward)
             block.forward.instead_of = forward # the model is still the one that was checked
         yield
     finally:

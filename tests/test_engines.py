@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoConfig
 
 from oneshot_steering.export import bake
-from oneshot_steering.lm import LM
+from oneshot_steering.lm import LM, UnsupportedModel
 from oneshot_steering.models import load_lm, tiny_lm, tiny_model, tiny_tokenizer
 from oneshot_steering.objective import Example, Terms, record
 from oneshot_steering.optimize import Retain, optimize
@@ -131,6 +131,33 @@ def test_adapters_that_change_weights_are_part_of_the_model(kind):
         assert close(our_logits(lm), by_hand(merged.model, VECTOR))
     losses = [optimize(m, EXAMPLE, 2, steps=3, lr=0.3, progress=False).losses for m in (lm, merged)]
     assert torch.allclose(*losses, rtol=1e-3)
+
+
+def test_an_adapter_that_comes_later_is_looked_at_again():
+    adapted = peft.get_peft_model(tiny_model(), WEIGHTS["LoRA"])
+    lm = LM(adapted, tiny_tokenizer())
+    before = our_logits(lm)
+    adapted.add_adapter("second", peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
+    adapted.set_adapter("second")
+    assert not close(our_logits(lm), before) and close(our_logits(lm), by_hand(adapted.get_base_model()))
+    adapted.add_adapter("third", REFUSED["activated LoRA"])
+    with pytest.raises(UnsupportedModel, match="'third' is an activated LoRA"):
+        our_logits(lm)
+
+
+@pytest.mark.parametrize("architecture", ["BertLMHeadModel", "RobertaForCausalLM"])
+def test_encoders_are_refused_unless_they_were_made_decoders(architecture):
+    def made(is_decoder):
+        model_type = architecture.lower().split("lm")[0].split("for")[0]
+        config = AutoConfig.for_model(model_type, **SIZES, is_decoder=is_decoder)
+        return LM(getattr(transformers, architecture)(config), tiny_tokenizer())
+
+    lm = made(True)
+    with lm.steer(VECTOR.replace(layers=1)), torch.no_grad():
+        assert close(our_logits(lm), lm.model(input_ids=IDS).logits)
+        assert lm.generate(["the quick", "a"], 5) == lm.generate(["the quick", "a"], 5, batch_size=1, use_cache=False)
+    with pytest.raises(UnsupportedModel, match="not causal"):
+        our_logits(made(False))
 
 
 SIZES = dict(vocab_size=320, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)

@@ -240,13 +240,16 @@ def test_direct_calls_in_one_thread_are_not_touched_by_passes_of_another():
         while not stop.is_set():
             wrong.append(not torch.allclose(lm.model(ids).logits, expected, atol=1e-4))
 
-    thread = threading.Thread(target=direct)
-    thread.start()
-    for _ in range(20):
-        lm.log_probs([TEXT, SHORT], [SHORT, TEXT])
-        lm.hidden_states(TEXT, 1)
-    stop.set()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(direct)
+        try:
+            for _ in range(10):
+                lm.log_probs([TEXT, SHORT], [SHORT, TEXT])
+                states = lm.hidden_states(TEXT, 2)[None]
+                with lm.resume(2, states):
+                    lm.run(ids, torch.ones_like(ids).bool(), torch.tensor([ids.shape[1]]))
+        finally:
+            stop.set()
     assert wrong and not any(wrong)
 
 
