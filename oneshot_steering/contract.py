@@ -25,6 +25,7 @@ from oneshot_steering.lm import (
     uncompiled,
     why_unsuitable_adapter,
 )
+from .products import fast_products
 
 # %% auto #0
 __all__ = ['Check', 'Contract', 'check_contract', 'some_tokens']
@@ -32,9 +33,9 @@ __all__ = ['Check', 'Contract', 'check_contract', 'some_tokens']
 # %% ../nbs/00aa_contract.ipynb #ct000009
 def _texts(lm: LM) -> tuple[list[int], list[int]]: # token ids that differ in the last two
     special = set(lm.tok.all_special_ids)
-    usual = [i for i in range(5, 60) if i not in special][:8]
-    start = [*lm.prefix_ids, *usual[:4]]
-    return start + usual[4:6], start + usual[6:]
+    usual = [i for i in range(5, 60) if i not in special][:7]
+    start = [*lm.prefix_ids, *usual[:3]]
+    return start + usual[3:5], start + usual[5:]
 
 def _own_logits(lm: LM, text: list[int]) -> Tensor: # [1, T, vocabulary]
     ids = torch.tensor([text], device=lm.device)
@@ -221,7 +222,7 @@ def _check_mlp(blocks: _Blocks, first: Tensor, last: Tensor) -> Check: # logits 
 def _large_pass(lm: LM, text: list[int], other: list[int], padded: bool = True) -> tuple[list[Tensor], _Blocks]:
     padding, start = [None, None], text[:-2]
     rows = [text, [*padding, *start] if padded else text, [*start, *padding] if padded else text, other, text, text]
-    with _Blocks(lm, (len(rows), len(text), lm.d_model)) as blocks: logits = _rows_logits(lm, rows)
+    with fast_products(lm), _Blocks(lm, (len(rows), len(text), lm.d_model)) as blocks: logits = _rows_logits(lm, rows)
     blocks.settle(torch.stack([logits[0], logits[-2], logits[-1]]))
     return logits, blocks
 
@@ -251,12 +252,16 @@ def check_contract(
     return Contract([shape, same, *_checks(lm, own[0], logits, blocks)])
 
 # %% ../nbs/00aa_contract.ipynb #ct00002b
-def _mark(lm: LM) -> int: # changes when the model becomes another one
-    settings = "_active_adapter", "_disable_adapters", "_compiled_call_impl"
-    modules = [(id(module), *(str(vars(module).get(name)) for name in settings)) for module in lm.model.modules()]
+def _mark(lm: LM) -> int: # changes when the model becomes another one; taken before every pass, so it has to be quick
+    parts, waiting = [lm.dtype, lm.device, getattr(lm.config, "_attn_implementation", None)], [lm.model]
+    while waiting:
+        state = vars(module := waiting.pop())
+        parts.append(id(module))
+        if "_active_adapter" in state: parts.append((str(state["_active_adapter"]), state.get("_disable_adapters")))
+        if module._compiled_call_impl is not None: parts.append("compiled")
+        waiting += [child for child in state["_modules"].values() if child is not None]
     replaced = [vars(block).get("forward") for block in lm.layers] # by accelerate, by a shortcut for the time of a pass
-    forwards = [id(getattr(forward, "instead_of", forward)) for forward in replaced]
-    return hash((*modules, *forwards, lm.dtype, lm.device, getattr(lm.config, "_attn_implementation", None)))
+    return hash((*parts, *(id(getattr(forward, "instead_of", forward)) for forward in replaced)))
 
 # %% ../nbs/00aa_contract.ipynb #ct00002d
 @patch
@@ -276,7 +281,7 @@ def _check(lm: LM, mark: int) -> None:
     training = [module for module in lm.model.modules() if module.training]
     try:
         lm.model.eval() # no chance in a comparison
-        with lm.unsteered(), lm.plain(): lm.checks = check_contract(lm)
+        with lm.unsteered(): lm.checks = check_contract(lm)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError): raise
         name = type(lm.model).__name__
