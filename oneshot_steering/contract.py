@@ -40,7 +40,8 @@ def _texts(lm: LM) -> tuple[list[int], list[int]]: # token ids that differ in th
 def _own_logits(lm: LM, text: list[int]) -> Tensor: # [1, T, vocabulary]
     ids = torch.tensor([text], device=lm.device)
     ones = torch.ones_like(ids)
-    with lm.at(TokenPositions(ones.cumsum(-1) - 1, ones.bool(), ones.sum(-1), ids.new_zeros(1))):
+    where = TokenPositions(ones.cumsum(-1) - 1, ones.bool(), ones.sum(-1), ids.new_zeros(1))
+    with lm.at(where), fast_products(lm):
         return lm.model(input_ids=ids, attention_mask=ones, use_cache=False).logits
 
 # %% ../nbs/00aa_contract.ipynb #ct00000b
