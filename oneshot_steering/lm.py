@@ -431,7 +431,7 @@ class Pass:
 
     def pick(self, x: Tensor) -> Tensor: # of x [B, Q, d] the columns of `keep`, [B, keep, d] or [1, distinct places, d], in one piece
         if isinstance(self.keep, tuple): return x[tuple(self.places[0].to(x.device))][None]
-        return x if self.keep is None else x[:, -self.keep:].contiguous()
+        return x if self.keep is None else x[:, -self.keep:].clone(memory_format=torch.contiguous_format)
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]: # the distinct (row, column) among `keep` [2, distinct], and which of them each is
