@@ -5,11 +5,14 @@
 # %% ../nbs/16a_app.ipynb #baa65987
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 from .demos import TEXT_DEMO, fit_language, text_prompts
@@ -108,11 +111,19 @@ def _demo_page(prompts: Sequence[str], out: str | Path) -> AppPage:
     return AppPage({"Try a vector": slider, "Make your own": panel})
 
 # %% ../nbs/16a_app.ipynb #0cb14755
+_CELL = """import os
+
+from oneshot_steering.app import dashboard
+
+page = dashboard(**{arguments!r})
+if os.environ.get("VOILA_PREHEAT") == "True": page.wait() # nobody looks yet
+page"""
+
 def page_notebook(
     **arguments, # of `dashboard`, as JSON has them
 ) -> dict: # in notebook format 4
     "The notebook that Voila serves."
-    source = f"from oneshot_steering.app import dashboard\n\npage = dashboard(**{arguments!r})\npage"
+    source = _CELL.format(arguments=arguments)
     # the colours of the reader's system, since Voila knows one theme
     colors = theme_style("body[data-voila] :is(#rendered_cells,.oneshot-card,.oneshot-app)")
     style = f"<style>{colors}\n{page_file('page.css')}</style>"
@@ -130,21 +141,41 @@ def _introduction(vectors: Sequence[str] = (), model: str | None = None, **other
     return acts.format("Gemma-3-270M") + ("It was found from one recipe: at strength 0 nothing changes, "
                                           "at 1 the text goes on in Spanish.")
 
-# %% ../nbs/16a_app.ipynb #1c9de0e2
+# %% ../nbs/16a_app.ipynb #5c1e07d3
+async def _open_page(server, ready: asyncio.Event, browser: bool) -> None:
+    "Say where the first page is, and show it, once it is ready; after two minutes in any case."
+    server.kernel_manager.kernel_pools_config = {"default": {"pool_size": 0}} # what is heated already stays
+    with contextlib.suppress(asyncio.TimeoutError): await asyncio.wait_for(ready.wait(), 120)
+    print(f"{server.display_url} shows the page; Ctrl-C ends it.", flush=True)
+    if browser: server.launch_browser()
+
+# %% ../nbs/16a_app.ipynb #a97f3b1e
 _OWN_HOST = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws: wss:"
 
+def _serve(notebook: Path, port: int, browser: bool) -> None:
+    from tornado.ioloop import IOLoop
+    from voila.app import Voila
+    server = Voila.instance(tornado_settings={"headers": {"Content-Security-Policy": _OWN_HOST}})
+    options = [f"--port={port}", "--Voila.ip=127.0.0.1", "--no-browser",
+               "--show_tracebacks=True", "--preheat_kernel=True"]
+    server.initialize([str(notebook), *options])
+    ready = asyncio.Event()
+    server.config.VoilaExecutor.on_cell_executed = lambda **cell: ready.set() # also after an error
+    IOLoop.current().spawn_callback(_open_page, server, ready, browser)
+    print("Loading the model" + "; the page opens when it is there" * browser, "...", flush=True)
+    server.start()
+
+# %% ../nbs/16a_app.ipynb #1c9de0e2
 def serve_page(
     vectors: Sequence[str | Path] = (), # as for `dashboard`
     model: str | None = None, # likewise
     prompts: Sequence[str] | None = None, # likewise
     port: int = 8866, # of the page
-    browser: bool = True, # open one
+    browser: bool = True, # open one, when the page is ready
 ) -> None:
     "Show the page on this machine until it is interrupted."
     for file in vectors: load_steering(file) # a wrong file is reported here, not in the page
-    try: from voila.app import Voila
-    except ImportError as error:
-        raise OSError("The page needs voila: pip install 'oneshot-steering[widgets]'.") from error
+    if find_spec("voila") is None: raise OSError("The page needs voila: pip install 'oneshot-steering[widgets]'.")
     if not vectors and model is None: embedded_path(TEXT_DEMO.model)
     here = lambda name: str(Path(name).resolve()) if name and Path(name).exists() else name # the kernel runs elsewhere
     out = str(Path.cwd() / "steering.safetensors")
@@ -153,8 +184,4 @@ def serve_page(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "steering.ipynb"
         path.write_text(json.dumps(page_notebook(**arguments)), encoding="utf-8")
-        options = [f"--port={port}", "--Voila.ip=127.0.0.1", "--show_tracebacks=True"]
-        options += [] if browser else ["--no-browser"]
-        headers = {"headers": {"Content-Security-Policy": _OWN_HOST}}
-        print(f"http://127.0.0.1:{port} shows the page; Ctrl-C ends it.", flush=True)
-        Voila.launch_instance([str(path), *options], tornado_settings=headers)
+        _serve(path, port, browser)

@@ -411,6 +411,23 @@ def forget(page):
     page.on("requestfailed", lambda request: page.elsewhere.remove(request.url) if request.failure == "csp" else None)
 
 
+STATES = """
+window.states = new Set();
+new MutationObserver(() => {
+    for (const status of document.querySelectorAll('.oneshot-slider .oneshot-status [data-state]')) window.states.add(status.dataset.state);
+}).observe(document, {childList: true, subtree: true, attributes: true});
+"""
+
+
+def logged(log, text, seconds=90):
+    "Wait until a server has said something."
+    for _ in range(seconds * 5):
+        if text in log.read_text():
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"no {text!r} in {seconds} s:\n{log.read_text()}")
+
+
 @pytest.fixture(scope="module")
 def dashboard(browser, tmp_path_factory):
     folder, lm = tmp_path_factory.mktemp("dashboard"), tiny_lm()
@@ -424,16 +441,21 @@ def dashboard(browser, tmp_path_factory):
     for address in served([*command, "--port", str(port), "--no-browser"], f"http://127.0.0.1:{port}/voila/static/voila.js", folder):
         page = watched(browser)
         forget(page)
+        page.add_init_script(STATES)
+        page.log = folder / "server.log"
+        logged(page.log, "shows the page")
         page.goto(address.partition("/voila")[0])
         page.wait_for_selector(".oneshot-steered .oneshot-text")
         yield page
 
 
 def test_dashboard_opens_on_steered_text(dashboard):
-    "Nobody clicks: the first tab has the vector at strength 1, and its text is written."
+    "Nobody clicks: the first tab has the vector at strength 1, and its text was written before the page was opened."
     expect(dashboard.locator(".oneshot-page .lm-TabBar-tab")).to_have_text(["Try a vector", "Make your own"])
     expect(dashboard.locator(".oneshot-page .lm-mod-current")).to_have_text("Try a vector")
     text, plain = settled(dashboard), dashboard.locator(".oneshot-unsteered .oneshot-text").first
+    assert dashboard.evaluate("[...window.states]") == ["done"]
+    assert dashboard.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
     assert strength(dashboard) == 1 and int(steered(dashboard).get_attribute("data-tokens")) > 0
     assert text.removeprefix("steered") != plain.inner_text().removeprefix("unsteered")
 
@@ -465,9 +487,26 @@ def test_dashboard_is_accessible(dashboard):
 
 
 def test_dashboard_reload(dashboard):
+    "A second page has a kernel of its own, which is not heated: only the first one is."
     dashboard.reload()
     dashboard.wait_for_selector(".oneshot-steered .oneshot-text")
     check_mouse(dashboard)
+    assert dashboard.log.read_text().count("Using pre-heated kernel") == 1
+
+
+def test_dashboard_opens_on_an_error_too(browser, tmp_path, monkeypatch):
+    "Where the page cannot be made, it is opened all the same, and says why."
+    monkeypatch.setenv("BROWSER", f"touch {tmp_path}/opened %s")
+    (tmp_path / "empty").mkdir()
+    port = free_port()
+    command = [Path(sys.executable).with_name("oneshot-steering"), "app", "--model", "empty", "--port", str(port)]
+    for address in served(command, f"http://127.0.0.1:{port}/voila/static/voila.js", tmp_path):
+        logged(tmp_path / "server.log", "shows the page", seconds=60)  # well before the two minutes
+        page = watched(browser)
+        page.goto(address.partition("/voila")[0])
+        expect(page.locator('[data-mime-type="application/vnd.jupyter.stderr"]')).to_contain_text("There is no config.json")
+        assert (tmp_path / "opened").exists()
+        page.context.close()
 
 
 # --- the site
