@@ -308,3 +308,18 @@ def test_surprisal_across_the_switch():
     for bits, end in zip(surprisal(lm, ends, prompt).bits, ends, strict=True):
         nats = own_log_probs(long_rope, lm.encode_pair(prompt, end))
         assert (torch.as_tensor(bits) * math.log(2)).tolist() == pytest.approx([-n for n in nats], abs=1e-3)
+
+
+@pytest.mark.parametrize("family, limits", [("llama", {}), ("qwen3", {}), ("gemma3_text", {"sliding_window": 8})])
+def test_rows_are_compared_at_their_own_length_beyond_a_window(family, limits):
+    lm = tiny_lm(family)
+    assert lm.length_limits == limits
+    assert [lm.size_class(n) for n in (5, 8, 9, 27)] == ([0, 0, 16, 32] if limits else [0, 0, 0, 0])
+
+
+def test_a_shortcut_that_is_right_on_short_rows_is_not_trusted_on_long_ones():
+    windows = dict(attention_types=[[["global", "local"], 2]], window_size=16)
+    lm = made("gpt_neo", num_layers=4, num_heads=4, **windows)
+    assert lm.length_limits == {"window_size": 16}
+    assert lm.trusted("tree attention", 12) and not lm.trusted("tree attention", 27, 40)  # its mask replaces the window's
+    assert lm.trusted("resume", 27, 2)  # this one keeps the model's own masks
