@@ -192,7 +192,7 @@ class Gate:
     def __init__(self, lm):
         self.passes, self.inside, self.open, self.error = [], threading.Event(), threading.Event(), None
         self.open.set()
-        assert lm.can_share_prompts  # found out before passes are counted
+        assert lm.can_share_prompts and lm.can_cache(200)  # found out before passes are counted
         lm.layers[0].register_forward_pre_hook(self.hook, with_kwargs=True)
 
     def __deepcopy__(self, memo):
