@@ -302,6 +302,15 @@ def contract(self: LM) -> Contract: # what was checked, and what was found
     except UnsupportedModel: pass
     return Contract([*self.checks, *self.checks_at.values()])
 
+# %% ../nbs/00aa_contract.ipynb #ct2f0002
+@patch
+def take_over_checks(self: LM,
+    other: LM, # that this one was copied from, weights and all
+) -> None:
+    "Know what is known of another model that computes the same, without trying it again."
+    for name in ("shortcuts", "checks_at", "unusable_layers", "unusable_padding"): setattr(self, name, dict(getattr(other, name)))
+    if other.checked_as == _mark(other): self.checked_as = _mark(self)
+
 # %% ../nbs/00aa_contract.ipynb #ct100001
 _LENGTH = re.compile("window|chunk|local|top_?k|sparse|stride|compress|block|segment|index|span|bucket|keep|range|mem")
 _PER_LAYER = "layer|expert|moe|router|group|pattern$|_step$" # counts, also where a name speaks of one of these
