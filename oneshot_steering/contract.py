@@ -374,6 +374,17 @@ def _at_length(self: LM, name: str, size: int, check: Callable[[], Check]) -> Ch
         self.checks_at[name, size] = replace(made, what=f"{made.what}, in rows of {size} tokens" if size else made.what)
     return self.checks_at[name, size]
 
+# %% ../nbs/00aa_contract.ipynb #5c1e77a2
+def _cached_logits(lm: LM, rows: Sequence[list[int | None]], steps: int) -> Tensor: # [rows * steps, vocabulary], the last ones one by one
+    ids, mask = _padded(lm, rows)
+    row, options, begin, logits = torch.arange(len(ids), device=ids.device), dict(use_cache=True), 0, []
+    for end in range(ids.shape[1] - steps + 1, ids.shape[1] + 1):
+        out = lm.forward(Pass(ids[:, begin:end], mask[:, :end], mask.sum(-1), row, keep=1, options=options))
+        logits.append(out.logits[:, -1])
+        past = getattr(out, "past_key_values", None) # None where a model keeps no cache
+        if past is not None: begin, options = end, dict(use_cache=True, past_key_values=past)
+    return torch.stack(logits, 1).flatten(0, 1)
+
 # %% ../nbs/00aa_contract.ipynb #ct100006
 def _check_cache(lm: LM, size: int, padded: bool) -> Check: # padded: with a second row that is padded on the left
     what, text = "a text goes on from a cache as without one", some_tokens(lm, size or 8)
@@ -387,17 +398,6 @@ def _check_cache(lm: LM, size: int, padded: bool) -> Check: # padded: with a sec
         found = f"{type(error).__name__}: {str(error)[:80]}"
     return Check(what, f"The next logits of {type(lm.model).__name__} from its KV cache are not those of its forward "
                        f"({found}); texts are generated without a cache, which takes longer.", "its cache")
-
-# %% ../nbs/00aa_contract.ipynb #5c1e77a2
-def _cached_logits(lm: LM, rows: Sequence[list[int | None]], steps: int) -> Tensor: # [rows * steps, vocabulary], the last ones one by one
-    ids, mask = _padded(lm, rows)
-    row, options, begin, logits = torch.arange(len(ids), device=ids.device), dict(use_cache=True), 0, []
-    for end in range(ids.shape[1] - steps + 1, ids.shape[1] + 1):
-        out = lm.forward(Pass(ids[:, begin:end], mask[:, :end], mask.sum(-1), row, keep=1, options=options))
-        logits.append(out.logits[:, -1])
-        past = getattr(out, "past_key_values", None) # None where a model keeps no cache
-        if past is not None: begin, options = end, dict(use_cache=True, past_key_values=past)
-    return torch.stack(logits, 1).flatten(0, 1)
 
 # %% ../nbs/00aa_contract.ipynb #5c1e77a3
 @patch

@@ -392,6 +392,17 @@ def check_fits(self: LM,
         warnings.warn(f"This vector was made for {made_for!r} and is applied to {self.name!r}; pass force=True if that is meant.",
                       stacklevel=4)
 
+# %% ../nbs/01_steering.ipynb #st000015
+def _layer_hook(steps: list[_Step], block: _Block, n_rows: int | None):
+    def hook(module, args, kwargs):
+        if not block.acts(): return None
+        where, h = block.locator.here(), block_input(args, kwargs)
+        if n_rows is not None and int(where.rows.max()) >= n_rows:
+            raise ValueError(f"steer(rows=...) has {n_rows} rows, but prompt {int(where.rows.max())} is run; give one entry per prompt.")
+        for step in steps: h = h + step.change(h, where)
+        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+    return hook
+
 # %% ../nbs/01_steering.ipynb #st00002a
 class _Block:
     "An open `steer`: its hooks in the model, and where they act."
@@ -503,17 +514,6 @@ def _close(block: _Block) -> None:
     if block not in (block.lm.steerings or ()): return # a generator that is closed in another thread
     rest = tuple(b for b in block.lm.steerings if b is not block)
     block.lm.steerings, block.lm.rows_differ_from = rest or (None if block.before is None else ()), _lowest(rest)
-
-# %% ../nbs/01_steering.ipynb #st000015
-def _layer_hook(steps: list[_Step], block: _Block, n_rows: int | None):
-    def hook(module, args, kwargs):
-        if not block.acts(): return None
-        where, h = block.locator.here(), block_input(args, kwargs)
-        if n_rows is not None and int(where.rows.max()) >= n_rows:
-            raise ValueError(f"steer(rows=...) has {n_rows} rows, but prompt {int(where.rows.max())} is run; give one entry per prompt.")
-        for step in steps: h = h + step.change(h, where)
-        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
-    return hook
 
 # %% ../nbs/01_steering.ipynb #d955c41b
 NEUTRAL_PROMPTS = ("The weather this morning was mild, and the streets were still quiet.",
