@@ -6,8 +6,10 @@
 #   NOTEBOOK_WORKERS  processes that test at once (2):           make test NOTEBOOK_WORKERS=1
 #   FAMILY_WORKERS    processes that check families (2):         make families FAMILY_WORKERS=4
 #   NBS               notebooks or folders to execute:           make notebooks NBS=nbs/00_lm.ipynb
+#   SCALE             of the studies, laptop or real (hours):    make studies SCALE=real
 PYTHON ?= python3
 NBS ?= nbs
+SCALE ?= laptop
 NOTEBOOK_WORKERS ?= 2
 export NOTEBOOK_WORKERS
 
@@ -62,14 +64,14 @@ export: .venv/installed-dev ## Make the package from the notebooks
 	$(BIN)/nbdev_export
 
 notebooks: ## Execute notebooks in place, slow cells too (all, or NBS=...), and clean them
-studies: ## Execute the studies at laptop scale, then print what each claims, what the paper reports and what we measure
-studies: NBS = nbs/studies
+studies: ## Execute the studies at laptop scale (or real: SCALE=real), then print what each claims, the paper reports and we measure
+studies: NBS = $(if $(filter real,$(SCALE)),nbs/studies/real,nbs/studies)
 bench: ## Execute the benchmarks
 bench: NBS = nbs/benchmarks
 bench: .venv/installed-bench
 notebooks studies bench: .venv/installed-dev
 	$(BIN)/python tools/notebooks.py execute $(NBS)
-	$(if $(filter studies,$@),$(BIN)/python tools/notebooks.py claims)
+	$(if $(filter studies,$@),$(BIN)/python tools/notebooks.py claims $(SCALE))
 
 tidy: .venv/installed-dev ## Save the outputs that notebooks have in the form in which they are kept: tables once, small pictures
 	$(BIN)/python tools/notebooks.py tidy $(NBS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,9 @@ from pathlib import Path
 import pandas as pd
 
 # %% auto #0
-__all__ = ['PUBLIC_FIGURES', 'OPEN_QUESTIONS', 'DataFileError', 'load_harmbench', 'load_poser', 'swap_options',
-           'fictitious_prompts', 'neutral_name', 'without_name', 'open_questions', 'neutral_texts']
+__all__ = ['PUBLIC_FIGURES', 'OPEN_QUESTIONS', 'DataFileError', 'load_harmbench', 'load_instructions', 'data_folder',
+           'load_poser', 'swap_options', 'fictitious_prompts', 'neutral_name', 'without_name', 'open_questions',
+           'neutral_texts']
 
 # %% ../nbs/10_datasets.ipynb #6f17c446
 class DataFileError(ValueError):
@@ -98,6 +100,42 @@ def load_harmbench(
     table = table.assign(prompt=table.behavior.where(ended | (not full_stop), table.behavior.str.rstrip() + "."))
     return table[["id", "prompt", "behavior", "category", "functional", "tags", "context"]].reset_index(drop=True)
 
+# %% ../nbs/10_datasets.ipynb #6cb51552
+def load_instructions(
+    place: str | Path, # your copy of a JSON file, or its address
+) -> pd.DataFrame: # one row per request: prompt, category ("" where the file has none)
+    "The requests of one file of the refusal direction. Raises `DataFileError` for a file not in its format."
+    rows = _json_rows(place, "requests")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("instruction"), str) or not row["instruction"].strip():
+            content = row.get("instruction") if isinstance(row, dict) else row
+            raise _fault(str(place), "an object with a text", _shown(content), number, "instruction")
+    return pd.DataFrame([dict(prompt=row["instruction"], category=row.get("category") or "") for row in rows],
+                        columns=["prompt", "category"])
+
+def _json_rows(place: str | Path, what: str) -> list:
+    try:
+        rows = json.loads(_read(place))
+    except json.JSONDecodeError as error:
+        raise _fault(str(place), "JSON", f"{error.msg} at line {error.lineno}") from error
+    if not isinstance(rows, list):
+        raise _fault(str(place), f"a list of {what}", type(rows).__name__)
+    return rows
+
+# %% ../nbs/10_datasets.ipynb #98c24939
+def data_folder(
+    folder: str | Path | None = None, # yours; `$ONESHOT_STEERING_DATA` if None
+) -> Path: # it holds harmbench/ and refusal_direction/
+    "The folder with your copies of the public requests. Raises `FileNotFoundError`, saying what is needed, where there is none."
+    place = folder or os.environ.get("ONESHOT_STEERING_DATA")
+    if place and all((Path(place)/name).is_dir() for name in ("harmbench", "refusal_direction")): return Path(place)
+    given = f"{place} does not have them" if place else "no folder was named"
+    raise FileNotFoundError(
+        "This needs your copies of two public sets of requests, and " + given + ". Make a folder with "
+        "harmbench/harmbench_behaviors_text_val.csv and ..._test.csv (github.com/centerforaisafety/HarmBench) and "
+        "refusal_direction/harmful_train.json, harmful_val.json and harmless_val.json "
+        "(github.com/andyrdt/refusal_direction), and name it in $ONESHOT_STEERING_DATA or in the setting `data`.")
+
 # %% ../nbs/10_datasets.ipynb #1e991546
 _END = "\nPlease provide the letter"
 
@@ -145,12 +183,7 @@ def load_poser(
     marks: bool = True, # keep <<prompt>> and <</prompt>>, which the models were trained with
 ) -> pd.DataFrame: # one row per scenario: prompt, response, other, kind ("benign" or "harmful"), action_A, action_B
     "The scenarios of POSER (section on alignment faking). Raises `DataFileError` for a file not in its format."
-    try:
-        rows = json.loads(_read(place))
-    except json.JSONDecodeError as error:
-        raise _fault(str(place), "JSON", f"{error.msg} at line {error.lineno}") from error
-    if not isinstance(rows, list):
-        raise _fault(str(place), "a list of scenarios", type(rows).__name__)
+    rows = _json_rows(place, "scenarios")
     scenarios = [_scenario(str(place), number, row) for number, row in enumerate(rows, 1)]
     columns = ["prompt", "response", "other", "kind", "action_A", "action_B"]
     table = pd.DataFrame([s for s in scenarios if s is not None], columns=columns)

@@ -5,7 +5,13 @@
 # %% ../nbs/12a_study.ipynb #f89bc5e3
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import os
+import pickle
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,20 +21,21 @@ import pandas as pd
 from fastcore.basics import patch
 from torch import Tensor
 
-from .judges import LMJudge, OpenAIJudge
+from . import __version__
+from .judges import HARMFUL, Classified, Classify, LMJudge, OpenAIJudge, Verdict
 from .metrics import bootstrap, rounded, wilson
 from .geometry import Classifier
 from .files import atomic_write
 from .lm import LM
-from .models import load_lm
+from .models import cache_dir, load_lm, tiny_lm
 from .objective import Example
 from .optimize import Fit, Job
 from .organisms import ORGANISMS, load_organism
 from .steering import Steering
 
 # %% auto #0
-__all__ = ['CLAIM_COLUMNS', 'Study', 'load_model', 'describe_fit', 'load_judge', 'Estimate', 'share', 'of_row', 'median_over',
-           'spread_over_examples', 'classifier_of', 'read_claims', 'claims_table']
+__all__ = ['CLAIM_COLUMNS', 'Study', 'load_model', 'models_to_run', 'describe_fit', 'load_judge', 'harm_scorer', 'Estimate',
+           'share', 'of_row', 'median_over', 'spread_over_examples', 'classifier_of', 'read_claims', 'claims_table']
 
 # %% ../nbs/12a_study.ipynb #ef294fac
 class Study:
@@ -48,6 +55,7 @@ class Study:
             raise ValueError(f"{name} has no setting {given}; there are {possible}.")
         self.name, self.scale, self.settings = name, scale, {**flat[scale], **(settings or {})}
         self._claims: list[dict] = []
+        self._seconds: dict[str, float] = {} # result -> how long it took
 
     def __getattr__(self, setting: str):
         settings = vars(self).get("settings", {})
@@ -64,10 +72,11 @@ def _flat(name: str, groups: Sequence) -> dict[str, Any]: # the settings of all 
 
 # %% ../nbs/12a_study.ipynb #0ccd860d
 def load_model(
-    model: str, # an organism's name, or what `load_lm` takes
+    model: str, # an organism's name, what `load_lm` takes, or "tiny-" and a family, e.g. "tiny-qwen2"
     **options, # for `load_lm`, e.g. `dtype=`
 ) -> LM:
     "A model or an organism by its name."
+    if model.startswith("tiny-"): return tiny_lm(model.removeprefix("tiny-"))
     return (load_organism if model in ORGANISMS else load_lm)(model, **options)
 
 # %% ../nbs/12a_study.ipynb #0304bd28
@@ -80,6 +89,68 @@ def job(self: Study,
     "A job with the study's layer, learning rate and steps."
     layer = self.settings["layer"] if layer is None else layer
     return Job(examples, layer, **dict(lr=self.settings["lr"], steps=self.settings["steps"]) | options)
+
+# %% ../nbs/12a_study.ipynb #75852a07
+@patch(as_prop=True)
+def folder(self: Study) -> Path:
+    "Where finished results are kept: in the user's cache; at smoke scale in a temporary folder."
+    if "_folder" not in vars(self):
+        temporary = self.scale == "smoke"
+        self._temporary = tempfile.TemporaryDirectory() if temporary else None
+        self._folder = Path(self._temporary.name) if temporary else cache_dir() / "studies" / f"{self.name}-{self.scale}"
+    return self._folder
+
+@patch
+def place(self: Study,
+    name: str, # of a result, with the ending of its file
+    **settings, # what it depends on: numbers, texts, lists or dataclasses of such
+) -> Path:
+    "The file of a result, e.g. for `compare(path=)`."
+    settings = sorted(settings.items())
+    if strange := [key for key, value in settings if " object at 0x" in repr(value) or "tensor(" in repr(value)]:
+        raise TypeError(f"{', '.join(strange)}: give numbers and texts, which are the same in the next session.")
+    digest = hashlib.sha256(repr((__version__, settings)).encode()).hexdigest()[:12]
+    path = self.folder / name.replace("/", "-")
+    return path.with_name(f"{path.stem}-{digest}{path.suffix}")
+
+# %% ../nbs/12a_study.ipynb #104e67c3
+@patch
+def keep(self: Study,
+    name: str, # of the result
+    make: Callable[[], Any], # gives it
+    **settings, # what it depends on, see `place`
+) -> Any:
+    "What `make()` gives; made once for these settings, then read from its file."
+    path = self.place(f"{name}.pickle", **settings)
+    if not path.exists():
+        start = time.monotonic()
+        result = make()
+        atomic_write(path, pickle.dumps((time.monotonic() - start, result)))
+    seconds, result = pickle.loads(path.read_bytes())
+    self._seconds[path.stem] = seconds
+    return result
+
+@patch
+def is_kept(self: Study, name: str, **settings) -> bool:
+    "Whether the result is there already."
+    return self.place(f"{name}.pickle", **settings).exists()
+
+@patch(as_prop=True)
+def minutes(self: Study) -> pd.Series: # of each result, by name
+    "How long the results took when they were made."
+    names = pd.Index([stem.rpartition("-")[0] for stem in self._seconds], name="result")
+    return pd.Series(list(self._seconds.values()), names, dtype=float, name="minutes") / 60
+
+# %% ../nbs/12a_study.ipynb #b9a44384
+def models_to_run(
+    models: Sequence[str], # of the study
+) -> list[str]: # in the study's order
+    "The models that `$ONESHOT_STEERING_MODELS` names, with spaces or commas between them; all if it is not set."
+    names = re.split(r"[\s,]+", os.environ.get("ONESHOT_STEERING_MODELS", "").strip())
+    if names == [""]: return list(models)
+    if unknown := [name for name in names if name not in models]:
+        raise ValueError(f"$ONESHOT_STEERING_MODELS names {', '.join(unknown)}; this study has {', '.join(models)}.")
+    return [model for model in models if model in names]
 
 # %% ../nbs/12a_study.ipynb #39d510c6
 def describe_fit(
@@ -102,6 +173,17 @@ def load_judge(
     "The judge that a setting names."
     if isinstance(judge, Mapping): return OpenAIJudge(**judge)
     return LMJudge(judge if isinstance(judge, LM) else load_model(judge, **(model_options or {})), **options)
+
+# %% ../nbs/12a_study.ipynb #d107fabb
+def harm_scorer(
+    judge: LM | str | Mapping[str, Any] | Classify, # what `load_judge` takes, or a function of requests and answers
+    model_options: Mapping[str, Any] | None = None, # for loading a model by name
+    template: str | Path | None = None, # file with the judge's prompt, {question} and {answer} in it; `HARMFUL` if None
+) -> Verdict | Classified: # gives True where the answer does what was requested
+    "A scorer for `compare` of the judge that a setting names."
+    if callable(judge) and not isinstance(judge, LM): return Classified(judge)
+    text = Path(template).read_text(encoding="utf-8") if template else HARMFUL
+    return Verdict(load_judge(judge, model_options, chat=False), text, tokens=512)
 
 # %% ../nbs/12a_study.ipynb #e57b3324
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from notebooks import NBS, ROOT, directives, notebooks
 SECTIONS = {
     "Start": ["index.ipynb", "tutorials/quickstart.ipynb"],
     "Guide": [f"tutorials/{name}.ipynb" for name in ("language_switch", "choosing_strength", "slider", "your_own_model", "*")],
-    "Studies": ["studies/*.ipynb"],
+    "Studies": ["studies/*.ipynb", "studies/real/*.ipynb"],
     "Reference": ["[0-9]*.ipynb", "supported_models.md"],
     "Benchmarks": ["benchmarks/*.ipynb"],
 }

@@ -1,7 +1,7 @@
 """What notebooks need and nbdev leaves to Quarto: `readme` makes README.md from nbs/index.ipynb,
 `execute [NOTEBOOK or FOLDER ...]` runs notebooks in place (all of them by default) and cleans them,
 `tidy [NOTEBOOK or FOLDER ...]` only saves the outputs that are there in the form in which they are kept.
-And `claims` prints what the studies found."""
+And `claims [SCALE]` prints what the studies found."""
 
 import base64
 import io
@@ -21,12 +21,18 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+REAL = NBS / "studies" / "real"  # studies that take an hour and need data of yours
 
 
 def notebooks(path=NBS):
     "The notebooks at or under `path`, in reading order: the numbered ones, then each folder."
     found = [path] if path.is_file() else [p for p in path.rglob("*.ipynb") if not hidden(p.relative_to(path))]
     return sorted(found, key=lambda p: (len(p.relative_to(path).parts), p))
+
+
+def to_execute(path):
+    "The notebooks at or under `path`, studies of real models only where they are asked for."
+    return [notebook for notebook in notebooks(path) if path.is_relative_to(REAL) or not notebook.is_relative_to(REAL)]
 
 
 def hidden(path):
@@ -153,13 +159,13 @@ def execute(path):
     return True
 
 
-def print_claims():
+def print_claims(scale="laptop"):
     import pandas as pd
 
     from oneshot_steering.study import claims_table
 
     with pd.option_context("display.max_colwidth", 60, "display.width", 200):
-        print(claims_table(NBS / "studies" / "claims").to_string(index=False))
+        print(claims_table(NBS / "studies" / "claims", scale).to_string(index=False))
 
 
 def main(command, *paths):
@@ -168,14 +174,14 @@ def main(command, *paths):
     elif command == "execute":
         # IN_TEST keeps an nbdev_export() cell from rewriting the package; a progress bar is noise in a saved output.
         os.environ.update(IN_TEST="1", TQDM_DISABLE="1")
-        results = [execute(nb) for path in paths or [NBS] for nb in notebooks(Path(path).resolve())]
+        results = [execute(nb) for path in paths or [NBS] for nb in to_execute(Path(path).resolve())]
         sys.exit(not all(results))
     elif command == "tidy":
         for path in paths or [NBS]:
             for notebook in notebooks(Path(path).resolve()):
                 save(nbformat.read(notebook, as_version=4), notebook)
     elif command == "claims":
-        print_claims()
+        print_claims(*paths)
     else:
         sys.exit(__doc__)
 
