@@ -687,7 +687,7 @@ class Sampling:
     def __post_init__(self):
         if self.max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.temperature < 0 or not 0 < self.top_p <= 1: raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
-        stop = (self.stop,) if isinstance(self.stop, (str, int)) else tuple(self.stop)
+        stop = (self.stop,) if self.stop is None or isinstance(self.stop, (str, int)) else tuple(self.stop)
         if wrong := [s for s in stop if not isinstance(s, (str, int)) or isinstance(s, bool) or s == "" or (isinstance(s, int) and s < 0)]:
             raise ValueError(f"stop takes texts that are not empty and token ids, not {wrong[0]!r}.")
         object.__setattr__(self, "stop", stop)

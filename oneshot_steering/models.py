@@ -268,7 +268,7 @@ def _check_folder(key: str, shared: dict) -> None:
 
 def _read_config(key: str, shared: dict) -> transformers.PretrainedConfig:
     try: return AutoConfig.from_pretrained(key, **shared)
-    except ValueError as error: raise ValueError(f"{key}: {'. '.join(str(error).split('. ')[:2])}") from error
+    except ValueError as error: raise ValueError(f"{key}: {'. '.join(' '.join(str(error).split()).split('. ')[:2])}") from error
 
 # %% ../nbs/00c_models.ipynb #1dace7aa
 def _check_whole(key: str, model: nn.Module, info: dict) -> None:

@@ -1,126 +1,14 @@
-"""On any model right or refused: compared with forwards written by hand, on tiny models made from configurations."""
-
-import math
+"""How the contract is checked: once, again when the model changes, without steering, and at the length of a job's rows."""
 
 import peft
 import pytest
 import torch
+from cases_contract import TEXTS, gemma4, made, probe, vector
 
-from oneshot_steering.baselines import caa
-from oneshot_steering.lm import LM, UnsupportedModel, block_input
-from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm, tiny_model, tiny_tokenizer
-from oneshot_steering.objective import Example, Objective, Terms
+from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm
+from oneshot_steering.objective import Example
 from oneshot_steering.optimize import optimize
 from oneshot_steering.steering import Steering
-from oneshot_steering.surprisal import surprisal
-
-TEXTS = ["the quick brown fox", "a dog", "the other dogs are sleeping in the warm sun"]
-RULES = {
-    "all": lambda at, end: at >= 0,
-    "prompt": lambda at, end: at < end,
-    "completion": lambda at, end: at >= end,
-    "last_2": lambda at, end: (at < end) & (at >= end - 2),
-    "2:6": lambda at, end: (at >= 2) & (at < 6),
-}
-
-
-def made(family, **config):
-    "A tiny model of a family that wants more than the sizes of `tiny_model`."
-    lm = LM(tiny_model(family, **config), tiny_tokenizer(), name=f"tiny-{family}")
-    lm.model.generation_config.eos_token_id = None  # random models end at once now and then
-    return lm
-
-
-def gemma4():
-    "Gemma 4 whose upper two blocks use the keys and values of lower ones."
-    layers = ["sliding_attention", "full_attention"] * 2
-    return made("gemma4_text", hidden_size_per_layer_input=8, vocab_size_per_layer_input=320, num_kv_shared_layers=2, sliding_window=8,
-                layer_types=layers, global_head_dim=8)
-
-
-def vector(lm, seed=0, scale=4.0):
-    return scale * torch.randn(lm.d_model, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def own_pass(lm, ids, layer, change=None):
-    "The model's own forward on one row, with a hook of our own at a block: its logits and the stream that entered the block."
-    streams = []
-
-    def hook(module, args, kwargs):
-        h = block_input(args, kwargs)
-        streams.append(h)
-        h = h if change is None else h + change.to(h)
-        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
-
-    handle = lm.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        return lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float(), streams[0][0]
-    finally:
-        handle.remove()
-
-
-def own_greedy(lm, ids, most, layer, v, rule):
-    "Greedy decoding without a cache, v added where a rule says so."
-    ids, start = list(ids), len(ids)
-    for _ in range(most):
-        chosen = rule(torch.arange(len(ids)), start)[:, None] * v
-        ids.append(int(own_pass(lm, ids, layer, chosen)[0][-1].argmax()))
-    return ids[start:]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", [*TINY_ARCHITECTURES, "gemma4_text"])
-def test_the_head_gets_few_columns_in_one_piece(architecture, dtype):
-    lm = gemma4() if architecture == "gemma4_text" else tiny_lm(architecture)
-    lm.model.to(dtype)
-    ids, mask = lm.pad([lm.encode(t) for t in TEXTS], side="left")
-    everywhere, inputs = lm.run(ids, mask, mask.sum(-1)).logits, []
-    handle = lm.model.get_output_embeddings().register_forward_hook(lambda module, args, out: inputs.append(args[0]))
-    last = [lm.run(ids, mask, mask.sum(-1), keep=n).logits for n in (1, 3)]
-    lm.run(ids[:1], mask[:1], mask[:1].sum(-1), keep=1)
-    handle.remove()
-    assert [i.shape[1] for i in inputs] == [1, 3, 1]
-    assert all(i.stride() == torch.empty(i.shape).stride() for i in inputs)  # `is_contiguous` overlooks those of a single row
-    assert all(lm.agree(few, everywhere[:, -few.shape[1] :]) for few in last)
-
-
-def test_states_of_a_model_that_would_compute_only_the_last_columns():
-    lm = gemma4()
-    for layer in range(4):
-        wanted = [own_pass(lm, lm.encode(t), layer)[1] for t in TEXTS]
-        assert all(torch.allclose(s, w, atol=1e-4) for s, w in zip(lm.hidden_states(TEXTS, layer), wanted, strict=True))
-        norms = torch.cat([w[1:] for w in wanted]).norm(dim=-1)
-        assert lm.stream_norm(layer, TEXTS) == pytest.approx(norms.sort().values[(len(norms) - 1) // 2].item(), rel=0.2)
-        mean = wanted[0][-1] - wanted[1][-1]
-        assert torch.allclose(caa(lm, TEXTS[:1], TEXTS[1:2], layer).vector, mean, atol=1e-4)
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("layer", [2, 3])
-def test_rules_in_a_model_that_would_compute_only_the_last_columns(layer, rule):
-    lm = gemma4()
-    v, prompts = vector(lm, 3, 6), [lm.encode(t) for t in TEXTS]
-    with lm.steer(Steering(v, layer, positions=rule)):
-        steps = list(lm.decode_steps(prompts, 5))
-    for row, ids in enumerate(prompts):
-        assert [step[row] for step in steps] == own_greedy(lm, ids, 5, layer, v, RULES[rule])
-
-
-# --- the contract -----------------------------------------------------------------------------------------------------------
-
-
-class Passing(torch.nn.Module):
-    "Runs a block some number of times."
-
-    def __init__(self, block, times):
-        super().__init__()
-        self.block, self.times = block, times
-
-    def forward(self, hidden_states, *args, **kwargs):
-        for _ in range(self.times):
-            hidden_states = self.block(hidden_states, *args, **kwargs)
-        return hidden_states
 
 
 def test_models_that_keep_the_contract():
@@ -151,11 +39,6 @@ def test_it_is_checked_once_and_again_when_the_model_has_changed():
     assert len(passes) == before + 9
 
 
-def probe(lm):
-    ids, mask = lm.pad([lm.encode("the quick brown fox")])
-    return ids, mask, mask.sum(-1)
-
-
 @pytest.mark.parametrize("steered", [False, True])
 def test_a_check_within_steering_is_not_steered(steered):
     lm, reference = tiny_lm(), tiny_lm()
@@ -166,148 +49,6 @@ def test_a_check_within_steering_is_not_steered(steered):
             assert lm.generate(TEXTS, 4) == reference.generate(TEXTS, 4)
     else:
         assert all(torch.equal(a, b) for a, b in zip(lm.hidden_states(TEXTS, 2), reference.hidden_states(TEXTS, 2), strict=True))
-
-
-@pytest.mark.parametrize("family", ["bert", "roc_bert"])
-def test_models_that_see_the_future_are_refused(family):
-    lm = made(family)
-    for use in (lambda: lm.generate("the fox", 2), lambda: lm.log_probs("a", " dog"), lambda: lm.hidden_states("a dog", 1)):
-        with pytest.raises(UnsupportedModel, match="is not causal"):
-            use()
-
-
-def test_what_is_no_language_model_is_refused():
-    lm = LM(tiny_model("llama").model, tiny_tokenizer())  # the blocks without a head
-    with pytest.raises(UnsupportedModel, match="LlamaModel over a short text fails with AttributeError"):
-        lm.generate("the fox", 2)
-    lm = tiny_lm()
-    lm.model.lm_head = torch.nn.Linear(32, 2)
-    with pytest.raises(UnsupportedModel, match="no causal language model"):
-        lm.generate("the fox", 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_positions_that_do_not_begin_at_zero(dtype):
-    lm = made("roberta", is_decoder=True, pad_token_id=2, max_position_embeddings=64)
-    lm.model.to(dtype)
-    own = [own_pass(lm, lm.encode(t), 1) for t in TEXTS]
-    assert all(lm.agree(s, state) for s, (_, state) in zip(lm.hidden_states(TEXTS, 1), own, strict=True))
-    assert lm.first_position == 3
-    if dtype == torch.float32:
-        assert lm.generate(TEXTS, 5) == [lm.text_of(own_greedy(lm, lm.encode(t), 5, 1, vector(lm, scale=0), RULES["all"])) for t in TEXTS]
-
-
-@pytest.mark.parametrize("family", ["gemma3n_text", "deepseek_v4"])
-def test_blocks_with_several_streams_are_refused(family):
-    config = dict(
-        gemma3n_text=dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=320, num_kv_shared_layers=2, laurel_rank=8,
-                          sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2, intermediate_size=[64] * 4,
-                          activation_sparsity_pattern=[0.0] * 4),
-        deepseek_v4=dict(),
-    )[family]
-    lm = made(family, **config)
-    example = Example("the quick", promote=" brown fox")
-    uses = (lambda: lm.hidden_states(TEXTS, 2), lambda: lm.stream_norm(2), lambda: optimize(lm, example, 2, steps=1, progress=False),
-            lambda: caa(lm, TEXTS[:1], TEXTS[1:2], 2), lambda: lm.steer(Steering(vector(lm), 2)).__enter__())
-    for use in uses:
-        with pytest.raises(UnsupportedModel, match=r"layer \d .* not one residual stream"):
-            use()
-    ids = lm.encode(TEXTS[0])  # what needs no stream is right
-    assert torch.allclose(lm.run(*probe(lm)).logits[0], lm.model(torch.tensor([ids]), use_cache=False).logits[0], atol=1e-4)
-
-
-@pytest.mark.parametrize("times", [0, 2])
-def test_a_block_that_is_not_run_once_is_refused(times):
-    lm = tiny_lm()
-    lm.model.model.layers[2] = Passing(lm.layers[2], times)
-    lm.layers = torch.nn.ModuleList([*lm.layers[:2], getattr(lm.layers[2], "block", lm.layers[2]), lm.layers[3]])
-    lm.hidden_states("a dog", 1)
-    for use in (lambda: lm.hidden_states("a dog", 2), lambda: lm.steer(Steering(vector(lm), 2)).__enter__()):
-        with pytest.raises(UnsupportedModel, match="layer 2 .*" + ("not run" if times == 0 else "run 2 times")):
-            use()
-
-
-def test_padding_that_changes_a_row():
-    lm = made("rwkv", attention_hidden_size=32, context_length=64)
-    with pytest.warns(UserWarning, match="Padding on the left"):
-        lm.ready()
-    texts = [*TEXTS, "a fox"]
-    assert lm.generate(texts, 4) == [lm.generate(t, 4) for t in texts]
-    with pytest.raises(UnsupportedModel, match="one text at a time"):
-        lm.pad([[5, 6], [5]], side="left")
-    own = [own_pass(lm, lm.encode(t), 2)[1] for t in texts]
-    assert all(torch.allclose(s, o, atol=1e-4) for s, o in zip(lm.hidden_states(texts, 2), own, strict=True))
-
-
-def test_a_model_that_fails_is_named():
-    lm = tiny_lm()
-    lm.model.lm_head = torch.nn.Linear(31, 320)
-    with pytest.raises(UnsupportedModel, match="A pass of LlamaForCausalLM over a short text fails"):
-        lm.generate("a fox", 2)
-
-
-# --- positions that change with the length of a text -----------------------------------------------------------------------
-
-
-def dynamic():
-    return made("llama", max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", factor=4.0, rope_theta=10_000.0))
-
-
-def long_rope():
-    factors = dict(short_factor=[1.0] * 4, long_factor=[4.0, 5.0, 6.0, 7.0])
-    rope = dict(rope_type="longrope", rope_theta=10_000.0, original_max_position_embeddings=16, **factors)
-    return made("phi3", rope_parameters=rope, original_max_position_embeddings=16, max_position_embeddings=64, pad_token_id=2)
-
-
-@torch.no_grad()
-def alone(make, ids):
-    "Logits of a text in a model that has seen no other."
-    return make().model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-
-
-@pytest.mark.parametrize("make", [dynamic, long_rope])
-def test_a_row_does_not_depend_on_the_length_of_its_neighbours(make):
-    lm, rows = make(), [list(range(5, 5 + n)) for n in (12, 24, 3, 30, 12)]
-    ids, mask = lm.pad(rows)
-    for _ in range(2):  # what was seen before does not count either
-        logits = lm.run(ids, mask, mask.sum(-1)).logits
-        with lm.plain():
-            assert torch.allclose(logits[mask], lm.run(ids, mask, mask.sum(-1)).logits[mask], atol=1e-4)
-        for row, own in zip(logits, rows, strict=True):
-            assert torch.allclose(row[: len(own)], alone(make, own), atol=1e-4)
-    assert not any("forward" in vars(m) for m in lm.model.modules())
-
-
-@pytest.mark.parametrize("make", [dynamic, long_rope])
-def test_cached_generation_is_generation_without_a_cache(make):
-    lm, prompts = make(), [list(range(5, 5 + n)) for n in (11, 6, 20)]
-    steps = list(lm.decode_steps(prompts, 12))
-    for i, ids in enumerate(prompts):
-        said = list(ids)
-        for _ in range(12):
-            said.append(int(alone(make, said)[-1].argmax()))
-        assert [step[i] for step in steps] == said[len(ids) :]
-
-
-def test_losses_on_both_sides_of_the_switch():
-    lm = long_rope()
-    prompt, completions = "the other dogs are", [" a", " sleeping in the warm morning sun while the"]
-    losses = Terms(lm, [Example(prompt, promote=completions)], Objective(coldness=1.0))(None)
-    for loss, completion in zip(losses.tolist(), completions, strict=True):
-        assert loss == pytest.approx(-sum(own_log_probs(long_rope, lm.encode_pair(prompt, completion))), abs=1e-3)
-
-
-def own_log_probs(make, pair):
-    "Of a completion, in the model's own forward over the pair."
-    logits = alone(make, list(pair.ids[:-1]))[pair.boundary - 1 :]
-    return logits.log_softmax(-1).gather(-1, torch.tensor(pair.completion)[:, None])[:, 0].tolist()
-
-
-def test_surprisal_across_the_switch():
-    lm, prompt, ends = long_rope(), "the other dogs are", [" a", " sleeping in the warm morning sun while the"]
-    for bits, end in zip(surprisal(lm, ends, prompt).bits, ends, strict=True):
-        nats = own_log_probs(long_rope, lm.encode_pair(prompt, end))
-        assert (torch.as_tensor(bits) * math.log(2)).tolist() == pytest.approx([-n for n in nats], abs=1e-3)
 
 
 @pytest.mark.parametrize("family, limits", [("llama", {}), ("qwen3", {}), ("gemma3_text", {"sliding_window": 8})])
@@ -323,3 +64,9 @@ def test_a_shortcut_that_is_right_on_short_rows_is_not_trusted_on_long_ones():
     assert lm.length_limits == {"window_size": 16}
     assert lm.trusted("tree attention", 12) and not lm.trusted("tree attention", 27, 40)  # its mask replaces the window's
     assert lm.trusted("resume", 27, 2)  # this one keeps the model's own masks
+
+
+def test_every_shortcut_is_right_on_a_plain_model():
+    lm = tiny_lm()
+    optimize(lm, Example("the quick", promote=[" brown fox", " brown dog"]), 2, steps=1, progress=False)
+    assert lm.shortcuts and all(lm.shortcuts.values())

@@ -10,7 +10,6 @@ import peft
 import pytest
 import tokenizers
 import torch
-import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -129,12 +128,6 @@ def test_override_path():
     assert LM(model, tiny_tokenizer(), layers="transformer.h").n_layers == 4
     with pytest.raises(ValueError, match=r"transformer\.h \(4\)"):
         LM(model, tiny_tokenizer(), layers="model.layers")
-
-
-def test_encoder_decoders_are_refused():
-    config = transformers.AutoConfig.for_model("t5", d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16, vocab_size=320)
-    with pytest.raises(ValueError, match="encoder-decoder"):
-        LM(transformers.AutoModelForSeq2SeqLM.from_config(config), tiny_tokenizer())
 
 
 @pytest.mark.parametrize("architecture", TINY_ARCHITECTURES)
