@@ -126,7 +126,7 @@ def _json_rows(place: str | Path, what: str) -> list:
 def data_folder(
     folder: str | Path | None = None, # yours; `$ONESHOT_STEERING_DATA` if None
 ) -> Path: # it holds harmbench/ and refusal_direction/
-    "The folder with your copies of the public requests. Raises `FileNotFoundError`, saying what is needed, where there is none."
+    "The folder with your copies of the public requests. Raises `FileNotFoundError`, saying what is needed."
     place = folder or os.environ.get("ONESHOT_STEERING_DATA")
     if place and all((Path(place)/name).is_dir() for name in ("harmbench", "refusal_direction")): return Path(place)
     given = f"{place} does not have them" if place else "no folder was named"
