@@ -5,6 +5,7 @@
 #   TEST_ARGS         arguments for pytest:                      make test TEST_ARGS="-x tests/test_project.py"
 #   NOTEBOOK_WORKERS  processes that test at once (2):           make test NOTEBOOK_WORKERS=1
 #   FAMILY_WORKERS    processes that check families (2):         make families FAMILY_WORKERS=4
+#   GPU_ARGS          arguments of the run on an accelerator:    make gpu GPU_ARGS="--budget 200"
 #   NBS               notebooks or folders to execute:           make notebooks NBS=nbs/00_lm.ipynb
 #   SCALE             of the studies, laptop or real (hours):    make studies SCALE=real
 PYTHON ?= python3
@@ -21,7 +22,7 @@ SOURCES := settings.ini setup.py pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test coverage lint export notebooks tidy shape families docs readme studies bench wheel constraints
+.PHONY: help quickstart test coverage lint export notebooks tidy shape families docs readme studies bench gpu wheel constraints
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +82,9 @@ shape: .venv/installed-dev ## Measure the notebooks and modules: lengths of cell
 
 families: .venv/installed-dev ## Check every family of models that transformers knows, and write nbs/supported_models.md (minutes; goes on where it was)
 	$(BIN)/python tools/families.py
+
+gpu: .venv/installed-dev ## Check the library on an accelerator and measure it there, and write nbs/benchmarks/gpu_<card>.md (under 8 minutes)
+	@$(BIN)/python tools/gpu.py $(GPU_ARGS)
 
 docs: .venv/installed-docs ## Build the site into _docs/ (look at it: python -m http.server -d _docs)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -25,7 +25,7 @@ SECTIONS = {
     "Guide": [f"tutorials/{name}.ipynb" for name in ("language_switch", "choosing_strength", "slider", "your_own_model", "*")],
     "Studies": ["studies/*.ipynb", "studies/real/*.ipynb"],
     "Reference": ["[0-9]*.ipynb", "supported_models.md"],
-    "Benchmarks": ["benchmarks/*.ipynb"],
+    "Benchmarks": ["benchmarks/*.ipynb", "benchmarks/gpu_*.md"],
 }
 DOCUMENTS = ["CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"]  # of the project, which notebooks link to
 HIDDEN = {"hide", "include: false", "exporti"}
