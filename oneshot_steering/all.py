@@ -57,6 +57,7 @@ from oneshot_steering.figure import (
     StaticFigure,
     steering_figure,
 )
+from oneshot_steering.gate import Gate, fit_gate
 from oneshot_steering.geometry import (
     Classifier,
     Connectivity,

@@ -1,0 +1,47 @@
+"""A gate opens by the unsteered stream, lets a set share of other prompts pass, and leaves the answers of the rest as they are."""
+
+import pytest
+import torch
+
+from oneshot_steering.gate import Gate, fit_gate
+from oneshot_steering.models import tiny_lm
+from oneshot_steering.steering import Steering
+
+PROMPTS = [f"{first} {second}" for first in ("the red", "one more", "a fox") for second in ("house", "river", "garden", "tree")]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny_lm("qwen2")
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.34, 0.5])
+def test_no_more_than_the_share_of_other_prompts_passes(lm, share):
+    gate = fit_gate(lm, (PROMPTS[:4], PROMPTS[4:8]), PROMPTS, 1, share=share)
+    assert sum(gate.opens(lm, PROMPTS)) == int(share * len(PROMPTS))
+
+
+@pytest.mark.parametrize("position", [-1, -2, 1])
+def test_projections_are_dot_products_with_the_stream_at_the_token(lm, position):
+    direction = torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0))
+    found = Gate(direction, 2, position).projections(lm, PROMPTS, batch_size=5)
+    expected = torch.stack([h[position] for h in lm.hidden_states(PROMPTS, 2)]) @ direction / direction.norm()
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_steering_does_not_move_the_gate(lm):
+    gate, vector = fit_gate(lm, (PROMPTS[:4], PROMPTS[4:]), PROMPTS, 2), Steering(torch.full((lm.d_model,), 3.0), 1)
+    before = gate.projections(lm, PROMPTS)
+    with lm.steer(vector):
+        assert torch.equal(gate.projections(lm, PROMPTS), before)
+
+
+def test_prompts_below_the_threshold_are_answered_as_without_the_vector(lm):
+    gate, vector = fit_gate(lm, (PROMPTS[:4], PROMPTS[4:]), PROMPTS, 1, share=0.3), Steering(torch.full((lm.d_model,), 9.0), 1)
+    plain, opened = lm.generate(PROMPTS, max_new_tokens=6), gate.opens(lm, PROMPTS)
+    with lm.steer(vector):
+        steered = lm.generate(PROMPTS, max_new_tokens=6)
+    with lm.steer(rows=gate.rows(lm, vector, PROMPTS)):
+        gated = lm.generate(PROMPTS, max_new_tokens=6)
+    assert any(opened) and plain != steered
+    assert gated == [s if is_open else p for s, p, is_open in zip(steered, plain, opened, strict=True)]
