@@ -23,8 +23,10 @@ from oneshot_steering.calibrate import (
 )
 from oneshot_steering.datasets import (
     OPEN_QUESTIONS,
+    data_folder,
     fictitious_prompts,
     load_harmbench,
+    load_instructions,
     load_poser,
     neutral_name,
     neutral_texts,
