@@ -95,9 +95,9 @@ def job(self: Study,
 def folder(self: Study) -> Path:
     "Where finished results are kept: in the user's cache; at smoke scale in a temporary folder."
     if "_folder" not in vars(self):
-        temporary = self.scale == "smoke"
-        self._temporary = tempfile.TemporaryDirectory() if temporary else None
-        self._folder = Path(self._temporary.name) if temporary else cache_dir() / "studies" / f"{self.name}-{self.scale}"
+        kept = cache_dir() / "studies" / f"{self.name}-{self.scale}"
+        self._temporary = tempfile.TemporaryDirectory() if self.scale == "smoke" else None
+        self._folder = Path(self._temporary.name) if self._temporary else kept
     return self._folder
 
 @patch
