@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 
@@ -201,19 +202,24 @@ def test_a_kill_while_unpacking_leaves_nothing_that_is_taken_for_whole(stand_in,
     assert torch.equal(lm.model.lm_head.weight, unpacked(tiny_lm("qwen2").model.lm_head.weight).bfloat16().float())
 
 
-TWO = """
-import sys, time
-from oneshot_steering import models
-def make(folder):
-    print("made"); time.sleep(1); (folder / "model").touch()
-print((models._made_once(models.cache_dir() / "models" / "entry", make) / "model").exists())
-"""
+def make_slowly(folder):
+    with (folder.parent / "log.lock").open("a") as log:
+        log.write("made\n")
+    time.sleep(0.5)
+    (folder / "model").touch()
 
 
 def test_two_processes_make_an_entry_once(empty_cache):
-    start = lambda: subprocess.Popen([sys.executable, "-c", TWO], env=os.environ, stdout=subprocess.PIPE, text=True)
-    outputs = [process.communicate()[0].split() for process in [start(), start()]]
-    assert sorted(outputs) == [["True"], ["made", "True"]] and entries(empty_cache) == ["entry"]
+    entry = empty_cache / "models" / "entry"
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=models._made_once, args=(entry, make_slowly)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (entry / "model").exists() and entries(empty_cache) == ["entry"]
+    assert (entry.parent / "log.lock").read_text() == "made\n"
 
 
 def test_unknown_names_are_explained():
