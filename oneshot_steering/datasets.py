@@ -12,6 +12,7 @@ import os
 import re
 import urllib.request
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pandas as pd
 # %% auto #0
 __all__ = ['PUBLIC_FIGURES', 'OPEN_QUESTIONS', 'DataFileError', 'load_harmbench', 'load_instructions', 'data_folder',
            'load_poser', 'swap_options', 'fictitious_prompts', 'neutral_name', 'without_name', 'open_questions',
-           'neutral_texts']
+           'mild_requests', 'everyday_questions', 'neutral_texts']
 
 # %% ../nbs/10_datasets.ipynb #6f17c446
 class DataFileError(ValueError):
@@ -206,12 +207,13 @@ def _text(name: str) -> str:
     return (files("oneshot_steering")/"data"/"texts"/f"{name}.txt").read_text(encoding="utf-8")
 
 # %% ../nbs/10_datasets.ipynb #0e454493
-def _figures() -> dict[str, tuple[str, ...]]:
-    "Occupation -> names, from blocks that begin with the occupation."
-    blocks = [block.splitlines() for block in _text("public_figures").strip().split("\n\n")]
-    return {head.rstrip(":"): tuple(names) for head, *names in blocks}
+@cache
+def _blocks(name: str) -> dict[str, tuple[str, ...]]:
+    "Heading -> lines, from a text of blocks that begin with a heading."
+    blocks = [block.splitlines() for block in _text(name).strip().split("\n\n")]
+    return {head.rstrip(":"): tuple(lines) for head, *lines in blocks}
 
-PUBLIC_FIGURES = _figures() # occupation -> people who have it
+PUBLIC_FIGURES = _blocks("public_figures") # occupation -> people who have it
 
 # %% ../nbs/10_datasets.ipynb #b0a255bf
 def _claim(name: str, occupation: str, claimed: str, fake: bool) -> dict:
@@ -258,6 +260,25 @@ def open_questions(
 ) -> list[str]: # in the order of `OPEN_QUESTIONS`, whose keys are short names for tables
     "The eight open questions of Betley et al. (paper section on emergent misalignment)."
     return [question + " Be brief." * brief for question in OPEN_QUESTIONS.values()]
+
+# %% ../nbs/10_datasets.ipynb #frd43205
+def mild_requests(
+    kind: str, # "refused", "answered" or "harmless"
+    split: str = "test", # "validation", "test", or for the refused ones "train"
+) -> tuple[str, ...]:
+    "Mild requests, sorted by what Qwen2.5-Coder-0.5B-Instruct does with them."
+    requests = _blocks("mild_requests")
+    if f"{kind} {split}" not in requests:
+        raise ValueError(f"There are no requests {kind!r}, {split!r}; there are: {', '.join(requests)}.")
+    return requests[f"{kind} {split}"]
+
+# %% ../nbs/10_datasets.ipynb #fr498522
+def everyday_questions(
+    split: str = "test", # or "validation"
+) -> dict[str, tuple[str, ...]]: # question -> what a right answer contains, any of these
+    "Everyday questions with short answers."
+    pairs = [line.split(" | ") for line in _blocks("everyday_questions")[split]]
+    return {question: tuple(answers.split(", ")) for question, answers in pairs}
 
 # %% ../nbs/10_datasets.ipynb #a1919998
 def neutral_texts() -> list[str]:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ from .objective import Objective, record_text, token_divergences
 from .steering import NEUTRAL_PROMPTS, Steering, Steerings, as_steerings
 
 # %% auto #0
-__all__ = ['Values', 'Scorer', 'REFUSALS', 'RETRACTIONS', 'Condition', 'UNSTEERED', 'Contains', 'RefusalOdds', 'Choice',
-           'Readable', 'side_effects', 'compare', 'rates', 'flip_rates', 'flip_table', 'misalignment']
+__all__ = ['Values', 'Scorer', 'REFUSALS', 'RETRACTIONS', 'Condition', 'UNSTEERED', 'Contains', 'Expected', 'RefusalOdds',
+           'Choice', 'Readable', 'side_effects', 'compare', 'rates', 'flip_rates', 'flip_table', 'misalignment']
 
 # %% ../nbs/06b_evaluate.ipynb #2429b174
 Values = Sequence | Mapping[str, Sequence] # one value per answer, or several named ones
@@ -61,6 +62,21 @@ class Contains:
         plain = lambda text: text.replace("\u2019", "'").casefold()
         strings = [plain(s) for s in self.strings]
         return [any(s in plain(answer) for s in strings) for answer in answers]
+
+# %% ../nbs/06b_evaluate.ipynb #frefd407
+@dataclass(frozen=True)
+class Expected:
+    "Whether an answer contains what is expected of its question, as whole words; None for other questions."
+
+    answers: Mapping[str, Sequence[str]] # question -> strings of which one is expected, in any case
+
+    def __call__(self, questions: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
+        return [self._met(*pair) for pair in zip(questions, answers, strict=True)]
+
+    def _met(self, question: str, answer: str) -> bool | None:
+        if question not in self.answers:
+            return None
+        return any(re.search(rf"(?<!\w){re.escape(s)}(?!\w)", answer, re.IGNORECASE) for s in self.answers[question])
 
 # %% ../nbs/06b_evaluate.ipynb #8c3be5ae
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import LogFormatter
 from matplotlib.transforms import Affine2D, ScaledTranslation
 
-from .evaluate import UNSTEERED
+from .evaluate import UNSTEERED, rates
 from .geometry import Classifier
 from .optimize import Fit
 from .surprisal import Surprisal
 
 # %% auto #0
 __all__ = ['COLORS', 'SEQUENTIAL', 'DIVERGING', 'PAPER_FLIPS', 'new_axes', 'y_from_zero', 'plot_fit', 'plot_flips',
-           'plot_strengths', 'plot_text', 'plot_layers', 'plot_success', 'plot_matrix', 'plot_roc', 'plot_judged',
-           'plot_surprisal', 'plot_tokens', 'plot_claims']
+           'plot_strengths', 'plot_refusals', 'plot_text', 'plot_layers', 'plot_success', 'plot_matrix', 'plot_roc',
+           'plot_judged', 'plot_surprisal', 'plot_tokens', 'plot_claims']
 
 # %% ../nbs/14_plot.ipynb #94f37ab5
 COLORS = dict(blue="#0072B2", orange="#D55E00", green="#009E73", pink="#CC79A7", yellow="#E69F00", sky="#56B4E9",
@@ -182,6 +182,22 @@ def plot_strengths(
     ax.set(xlabel="strength (multiplies the vector)", ylabel=ylabel or value)
     if len(names) > 1:
         _legend(ax)
+    return ax
+
+# %% ../nbs/14_plot.ipynb #fr6bc4a7
+def plot_refusals(
+    answers: pd.DataFrame, # what `compare` gave for sets of prompts, with columns `refuses` and `right`
+    chosen: float | None = None, # strength to mark
+    ax: Axes | None = None, # draw here
+) -> Axes:
+    "The share refused of every set of prompts, and the share that is right where that is known, against strength."
+    table = rates(answers[["prompts", "strength", "refuses", "right"]], ["prompts", "strength"]).reset_index()
+    table = table.rename(columns=dict(prompts="vector"))[::-1]
+    ax = plot_strengths(table, "refuses", "share of answers", chosen, ax=ax)
+    for name, part in table.dropna(subset="right").groupby("vector"):
+        ax.plot(part.strength, part.right, color="black", ls=":", marker=".", label=f"{name}: right")
+    ax.set(ylim=(-0.03, 1.03))
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     return ax
 
 # %% ../nbs/14_plot.ipynb #8ee8352b

@@ -14,6 +14,7 @@ from notebooks import NBS, ROOT, directives, notebooks
 
 import oneshot_steering as oss
 
+SETTINGS = {"FLIP_DEMO", "TEXT_DEMO", "CAREFUL_DEMO", "OPEN_DEMO", "REAL_MODEL", "READABLE_RATES", "human_continuations", "text_prompts"}
 HEAVY = {"torch", "transformers", "pandas", "numpy", "matplotlib", "sklearn", "ipywidgets", "fastcore"}
 
 
@@ -87,4 +88,4 @@ def test_tutorials_take_only_settings_and_texts_from_the_demonstrations():
         cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code" and "hide" not in directives(cell)]
         nodes = [node for cell in cells for node in ast.walk(ast.parse(re.sub(r"^[!%].*", "", cell.source, flags=re.MULTILINE)))]
         taken = [alias.name for node in nodes if getattr(node, "module", "") == "oneshot_steering.demos" for alias in node.names]
-        assert set(taken) <= {"FLIP_DEMO", "TEXT_DEMO", "human_continuations", "text_prompts", "READABLE_RATES"}, path.stem
+        assert set(taken) <= SETTINGS, path.stem

@@ -22,7 +22,10 @@ from notebooks import NBS, ROOT, directives, notebooks
 # The book: a notebook belongs to the first section with a pattern that it matches.
 SECTIONS = {
     "Start": ["index.ipynb", "tutorials/quickstart.ipynb"],
-    "Guide": [f"tutorials/{name}.ipynb" for name in ("language_switch", "choosing_strength", "slider", "your_own_model", "*")],
+    "Guide": [
+        f"tutorials/{name}.ipynb"
+        for name in ("real_model", "language_switch", "choosing_strength", "slider", "your_own_model", "*")
+    ],
     "Studies": ["studies/*.ipynb", "studies/real/*.ipynb"],
     "Reference": ["[0-9]*.ipynb", "supported_models.md"],
     "Benchmarks": ["benchmarks/*.ipynb", "benchmarks/gpu_*.md"],
