@@ -107,7 +107,7 @@ def place(self: Study,
 ) -> Path:
     "The file of a result, e.g. for `compare(path=)`."
     settings = sorted(settings.items())
-    if strange := [key for key, value in settings if " object at 0x" in repr(value) or "tensor(" in repr(value)]:
+    if strange := [key for key, value in settings if " at 0x" in repr(value) or "tensor(" in repr(value)]:
         raise TypeError(f"{', '.join(strange)}: give numbers and texts, which are the same in the next session.")
     digest = hashlib.sha256(repr((__version__, settings)).encode()).hexdigest()[:12]
     path = self.folder / name.replace("/", "-")
