@@ -62,7 +62,7 @@ from oneshot_steering.figure import (
     StaticFigure,
     steering_figure,
 )
-from oneshot_steering.gate import Gate, fit_gate
+from oneshot_steering.gate import Gate, fit_gate, separating_direction
 from oneshot_steering.geometry import (
     Classifier,
     Connectivity,

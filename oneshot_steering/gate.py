@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from fastcore.basics import patch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from .lm import LM
 from .steering import Steering, Steerings, as_steerings
 
 # %% auto #0
-__all__ = ['Gate', 'fit_gate']
+__all__ = ['Gate', 'separating_direction', 'fit_gate']
 
 # %% ../nbs/07a_gate.ipynb #d7696dac
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,21 @@ def rows(self: Gate,
     return [as_steerings(steering) if is_open else None for is_open in self.opens(lm, prompts)]
 
 # %% ../nbs/07a_gate.ipynb #da96cdcc
+def separating_direction(
+    opened: Tensor, # [prompts, d_model] states of one kind
+    closed: Tensor, # [prompts, d_model] and of the other
+    shrinkage: float = 3.0, # lambda; the larger, the nearer to the difference of the means
+) -> Tensor: # [d_model] of length one
+    "The direction along which two kinds of states differ most, in units of their spread (Fisher's discriminant)."
+    if not shrinkage > 0: raise ValueError(f"shrinkage={shrinkage}: above 0, since states are fewer than dimensions.")
+    groups = [states.double() for states in (opened, closed)]
+    inner = torch.cat([states - states.mean(0) for states in groups])
+    spread, apart = inner.mT @ inner / len(inner), groups[0].mean(0) - groups[1].mean(0)
+    scale = shrinkage * spread.diagonal().mean()
+    if scale > 0: apart = torch.linalg.solve(spread + scale * torch.eye(len(apart)).to(spread), apart)
+    return (apart / apart.norm()).float()
+
+# %% ../nbs/07a_gate.ipynb #fffc376d
 def fit_gate(
     lm: LM, # the model
     examples: tuple[Sequence[str], Sequence[str]], # prompts to steer, and prompts to leave alone
@@ -73,10 +89,11 @@ def fit_gate(
     position: int = -1, # at this token of the prompt, negative counting from its end
     *,
     share: float = 0.03, # of `others` pass, at most
+    shrinkage: float = 3.0, # of `separating_direction`
 ) -> Gate:
-    "A gate along the difference of two means, closed for all but a share of the prompts to leave alone."
+    "A gate that is closed for all but a share of the prompts to leave alone."
     if not 0 <= share < 1: raise ValueError(f"share={share}: at least 0 and below 1.")
-    opened, closed = (states_of(lm, list(prompts), layer, position, progress=False).mean(0) for prompts in examples)
-    gate = Gate(opened - closed, lm.check_layer(layer), position)
+    opened, closed = (states_of(lm, list(prompts), layer, position, progress=False) for prompts in examples)
+    gate = Gate(separating_direction(opened, closed, shrinkage), lm.check_layer(layer), position)
     far = gate.projections(lm, others).sort(descending=True).values
     return Gate(gate.direction, gate.layer, position, far[int(share * len(far))].item())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oneshot_steering.gate import Gate, fit_gate
+from oneshot_steering.gate import Gate, fit_gate, separating_direction
 from oneshot_steering.models import tiny_lm
 from oneshot_steering.steering import Steering
 
@@ -45,3 +45,24 @@ def test_prompts_below_the_threshold_are_answered_as_without_the_vector(lm):
         gated = lm.generate(PROMPTS, max_new_tokens=6)
     assert any(opened) and plain != steered
     assert gated == [s if is_open else p for s, p, is_open in zip(steered, plain, opened, strict=True)]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_direction_is_fishers_and_does_not_depend_on_the_unit(scale):
+    source = torch.Generator().manual_seed(1)
+    states = torch.randn(60, 8, generator=source, dtype=torch.float64) * torch.tensor([0.2, *[3.0] * 7], dtype=torch.float64)
+    states[:30, 0] += 1
+    means = states[:30].mean(0) - states[30:].mean(0)
+    inner = torch.cat([states[:30] - states[:30].mean(0), states[30:] - states[30:].mean(0)])
+    spread = inner.T @ inner / 60
+    expected = torch.linalg.inv(spread + 0.5 * spread.trace() / 8 * torch.eye(8).double()) @ means
+    found = separating_direction(scale * states[:30], scale * states[30:], 0.5).double()
+    assert torch.cosine_similarity(found, expected, dim=0).item() == pytest.approx(1, abs=1e-6)
+    plain = separating_direction(states[:30], states[30:], 1e9).double()
+    assert torch.cosine_similarity(plain, means, dim=0).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_one_prompt_of_each_kind_gives_their_difference():
+    one, other = torch.randn(2, 1, 8, generator=torch.Generator().manual_seed(2))
+    difference = (one - other)[0]
+    assert torch.allclose(separating_direction(one, other), difference / difference.norm(), atol=1e-6)
