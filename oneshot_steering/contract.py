@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from fastcore.basics import patch
@@ -22,7 +23,6 @@ from oneshot_steering.lm import (
     block_arguments,
     block_input,
     in_this_thread,
-    uncompiled,
     why_unsuitable_adapter,
 )
 from .products import fast_products
@@ -31,16 +31,16 @@ from .products import fast_products
 __all__ = ['Check', 'Contract', 'check_contract', 'some_tokens']
 
 # %% ../nbs/00aa_contract.ipynb #ct000009
-def _texts(lm: LM) -> tuple[list[int], list[int]]: # token ids that differ in the last two
+def _texts(lm: LM) -> tuple[list[int], list[int]]: # token ids that differ in the last one
     special = set(lm.tok.all_special_ids)
-    usual = [i for i in range(5, 60) if i not in special][:7]
-    start = [*lm.prefix_ids, *usual[:3]]
-    return start + usual[3:5], start + usual[5:]
+    usual = [i for i in range(5, 60) if i not in special][:6]
+    start = [*lm.prefix_ids, *usual[:4]]
+    return [*start, usual[4]], [*start, usual[5]]
 
-def _own_logits(lm: LM, text: list[int]) -> Tensor: # [1, T, vocabulary]
-    ids = torch.tensor([text], device=lm.device)
+def _own_logits(lm: LM, rows: Sequence[list[int]]) -> Tensor: # [B, T, vocabulary] of texts of equal length
+    ids = torch.tensor(rows, device=lm.device)
     ones = torch.ones_like(ids)
-    where = TokenPositions(ones.cumsum(-1) - 1, ones.bool(), ones.sum(-1), ids.new_zeros(1))
+    where = TokenPositions(ones.cumsum(-1) - 1, ones.bool(), ones.sum(-1), torch.arange(len(rows), device=lm.device))
     with lm.at(where), fast_products(lm):
         return lm.model(input_ids=ids, attention_mask=ones, use_cache=False).logits
 
@@ -54,7 +54,7 @@ def _rows_logits(lm: LM, rows: Sequence[list[int | None]], everywhere: bool = Fa
     ids, mask = _padded(lm, rows)
     kept = (mask & (mask.flip(-1).cumsum(-1).flip(-1) <= last)).nonzero(as_tuple=True)
     row = torch.arange(len(ids), device=ids.device)
-    logits = lm.forward(Pass(ids, mask, mask.sum(-1), row, keep=None if everywhere else kept)).logits
+    with fast_products(lm): logits = lm.forward(Pass(ids, mask, mask.sum(-1), row, keep=None if everywhere else kept)).logits
     if everywhere: logits = logits[kept]
     return list(logits.split(mask.sum(-1).clamp(max=last).tolist()))
 
@@ -70,12 +70,13 @@ def _distance(one: Tensor, other: Tensor) -> float: # the largest difference, as
 # %% ../nbs/00aa_contract.ipynb #ct000011
 @dataclass
 class _Blocks:
-    "Hooks that try out all blocks in the last two rows of one pass, which are the first row's text once more."
+    "Hooks that try out all blocks in a pass over two rows."
     lm: LM
-    shape: tuple[int, ...] # [B, T, d_model] of a stream
+    shape: tuple[int, ...] # [2, T, d_model] of a stream
     order: list[int] = field(default_factory=list) # the blocks that ran
     wrong: dict[int, str] = field(default_factory=dict) # what is wrong with a block
     pending: tuple[int, Tensor] | None = None # the last changed block, and the size of the change
+    looks_ahead: bool = False # whether earlier tokens have changed
     mlp_acts: bool = False # whether the last block has a module `mlp`, whose output was changed at one token
 
     def hook(self, layer: int):
@@ -87,11 +88,11 @@ class _Blocks:
             return block_arguments(args, kwargs, self._change(layer, h))
         return look
 
-    def settle(self, after: Tensor) -> None:
+    def settle(self, after: Tensor) -> None: # [2, T, ...] streams or logits
         "Judge the last changed block by what came after it."
         if self.pending is None: return
         (layer, size), self.pending = self.pending, None
-        if not (after[-2] - after[0]).float().norm() > 1e-3 * size.to(after.device):
+        if not (after[1, -1] - after[0, -1]).float().norm() > 1e-3 * size.to(after.device):
             self.wrong[layer] = "a change of the stream that enters it changes nothing"
 
 # %% ../nbs/00aa_contract.ipynb #ct000012
@@ -105,19 +106,19 @@ def _strange(self: _Blocks, layer: int, h: object) -> None:
 def _change(self: _Blocks, layer: int, h: Tensor) -> Tensor:
     change = 0.1 * h[0].float().std() * torch.linspace(-1, 1, h.shape[-1], device=h.device)
     self.pending = layer, change.norm()
-    return torch.cat([h[:-2], (h[0].float() + change).to(h.dtype)[None], h[-1:]])
+    if not (h[1, :-1] - h[0, :-1]).float().norm() <= 1e-3 * change.norm(): self.looks_ahead = True
+    last = (h[0, -1].float() + change).to(h.dtype)
+    return torch.stack([h[0], torch.cat([h[0, :-1], last[None]])])
 
 @patch
-def _after_mlp(self: _Blocks, module, args, output): # the last row is changed at its second token
+def _after_mlp(self: _Blocks, module, args, output):
     if not isinstance(output, Tensor) or tuple(output.shape) != self.shape: return None
     self.mlp_acts, output = True, output.clone()
-    output[-1, 1] += 1 + output[0, 1].flip(-1)
+    output[1, 1] += 1 + output[0, 1].flip(-1)
     return output
 
 @patch
 def __enter__(self: _Blocks) -> _Blocks:
-    self.as_steered = uncompiled()
-    self.as_steered.__enter__()
     watch = lambda i, block: block.register_forward_pre_hook(in_this_thread(self.hook(i)), with_kwargs=True)
     self.handles = [watch(i, block) for i, block in enumerate(self.lm.layers)]
     mlp = getattr(self.lm.layers[-1], "mlp", None)
@@ -126,7 +127,6 @@ def __enter__(self: _Blocks) -> _Blocks:
 @patch
 def __exit__(self: _Blocks, *error) -> None:
     for handle in self.handles: handle.remove()
-    self.as_steered.__exit__(*error)
 
 # %% ../nbs/00aa_contract.ipynb #ct000015
 @patch
@@ -136,6 +136,7 @@ def reasons(self: _Blocks) -> dict[int, str]: # block -> why nothing can be read
         times = self.order.count(layer)
         if times == 0: self.wrong[layer] = "it is not run in a pass over a text"
         if times > 1: self.wrong[layer] = f"it is run {times} times in one pass"
+    if not self.wrong: return {}
     advice = "Use another layer." if len(self.wrong) < self.lm.n_layers else "Every layer of this model is like that."
     names = {id(module): name for name, module in self.lm.model.named_modules()}
     def sentence(layer: int, why: str) -> str:
@@ -167,42 +168,39 @@ class Contract(tuple):
 # %% ../nbs/00aa_contract.ipynb #ct00001b
 _EVERYTHING, _OWN = "every pass", "a pass gives the model's own logits"
 
-def _check_shape(lm: LM, own: Tensor, text: list[int]) -> Check:
-    what, wanted = "one row of logits per token", f"[1, {len(text)}, vocabulary]"
-    if own.ndim == 3 and own.shape[:2] == (1, len(text)) and own.shape[2] > max(text): return Check(what)
-    return Check(what, f"{type(lm.model).__name__} gives logits of shape {list(own.shape)} for a text, not {wanted}: it is no causal "
-                       "language model. Load one with AutoModelForCausalLM.", _EVERYTHING)
+def _check_shape(lm: LM, logits: Tensor, texts: Sequence[list[int]]) -> Check:
+    what, rows, length = "one row of logits per token", len(texts), len(texts[0])
+    if logits.ndim == 3 and logits.shape[:2] == (rows, length) and logits.shape[2] > max(texts[0]): return Check(what)
+    return Check(what, f"{type(lm.model).__name__} gives logits of shape {list(logits.shape)} for {rows} texts, not "
+                       f"[{rows}, {length}, vocabulary]: it is no causal language model. Load one with AutoModelForCausalLM.", _EVERYTHING)
 
-def _check_own(lm: LM, own: Tensor, text: list[int]) -> Check:
+def _check_own(lm: LM, own: Tensor, texts: Sequence[list[int]]) -> Check: # own [T, vocabulary], of the first text
+    few = lambda: _rows_logits(lm, texts[:1])[0]
+    if lm.try_shortcuts(texts[::-1], own) or _same(lm, few(), own): return Check(_OWN)
     before, padding = lm.first_position, getattr(lm.config, "pad_token_id", None)
     for lm.first_position in dict.fromkeys((before, 0, 2, 1, *([padding + 1] if isinstance(padding, int) else []))):
-        ours = _rows_logits(lm, [text], everywhere=True)[0]
-        if _same(lm, ours, own): return Check(_OWN)
+        ours = _rows_logits(lm, texts[:1], everywhere=True)[0]
+        if not _same(lm, ours, own): continue
+        lm.few_logits = _same(lm, few(), own)
+        return Check(_OWN)
     lm.first_position = before
     return Check(_OWN, f"The logits of {type(lm.model).__name__} are {_distance(ours, own):.0%} away from those of its own forward as "
                        "soon as it is told the tokens' positions (0, 1, 2, ...) and which are padding. This library tells every "
                        "model both; use a model that takes them.", _EVERYTHING)
 
 # %% ../nbs/00aa_contract.ipynb #ct00001e
-def _check_causal(lm: LM, own: Tensor, same: Tensor, changed: Tensor) -> Check: # changed: next to `same`, with another end
-    what, known = "early logits do not change with later tokens", len(own) - 2
-    own, same, changed = own[:known], same[:known], changed[:known]
-    rounding = max(lm.tolerance / 4, 4 * _distance(same, own)) # rows of one pass are rounded alike, mostly
-    if _distance(changed, same) <= min(lm.tolerance, rounding): return Check(what)
-    moved = f"the logits of the first {known} by {_distance(changed, same):.1%}"
-    return Check(what, f"{type(lm.model).__name__} is not causal: other tokens at the end of a text of {known + 2} change {moved}. "
+def _check_causal(blocks: _Blocks, logits: Tensor, texts: Sequence[list[int]]) -> Check: # logits of the pass that tried the blocks
+    lm, what, early = blocks.lm, "early logits do not change with later tokens", _early(logits)
+    if not blocks.looks_ahead and _distance(logits[1, early], logits[0, early]) <= lm.tolerance / 4: return Check(what)
+    first, again, changed = _own_logits(lm, [texts[0], *texts])[:, :-1] # nothing but another end
+    rounding = max(lm.tolerance / 4, 4 * _distance(again, first)) # rows of one pass are rounded alike, mostly
+    if _distance(changed, first) <= min(lm.tolerance, rounding): return Check(what)
+    moved = f"the logits of the first {len(first)} by {_distance(changed, first):.1%}"
+    return Check(what, f"{type(lm.model).__name__} is not causal: another token at the end of a text of {len(first) + 1} changes {moved}. "
                        "Steering here is for models that read from left to right; some have a setting for it (`is_decoder=True` "
                        "in the configuration of BERT and its kin).", _EVERYTHING)
 
-# %% ../nbs/00aa_contract.ipynb #ct000021
-def _check_padding(lm: LM, side: str, own: Tensor, padded: Tensor) -> Check:
-    what, own = f"a row padded on the {side} is the row alone", own[:len(padded)]
-    if _same(lm, padded, own): return Check(what)
-    name = type(lm.model).__name__
-    moved = f"by {_distance(padded, own):.0%}"
-    lm.unusable_padding[side] = (f"Padding on the {side} changes the logits of a row of {name} {moved}. "
-                                 "Give one text at a time (batch_size=1), or texts of equal length.")
-    return Check(what, lm.unusable_padding[side], f"padding of unequal rows on the {side}")
+def _early(logits: Tensor) -> list[int]: return [0, *range(2, logits.shape[1] - 1)] # where the second row is the first one's
 
 # %% ../nbs/00aa_contract.ipynb #ct000023
 def _check_blocks(blocks: _Blocks) -> Check:
@@ -212,48 +210,31 @@ def _check_blocks(blocks: _Blocks) -> Check:
     which = "every layer" if len(reasons) == blocks.lm.n_layers else f"layers {', '.join(map(str, reasons))}"
     return Check(what, next(iter(reasons.values())), which)
 
-def _check_mlp(blocks: _Blocks, first: Tensor, last: Tensor) -> Check: # logits without and with a change
-    lm, what, others = blocks.lm, "what the last block's MLP gives a token stays with it", [0, *range(2, len(first))]
-    lm.mlp_by_token = blocks.mlp_acts and _same(lm, last[others], first[others]) and not _same(lm, last[1], first[1])
+def _check_mlp(blocks: _Blocks, logits: Tensor) -> Check:
+    lm, what, (first, last), early = blocks.lm, "what the last block's MLP gives a token stays with it", logits, _early(logits)
+    lm.mlp_by_token = blocks.mlp_acts and _same(lm, last[early], first[early]) and not _same(lm, last[1], first[1])
     if lm.mlp_by_token or not blocks.mlp_acts: return Check(what)
     return Check(what, f"In {type(lm.model).__name__} something mixes tokens between the last block's MLP and the "
                        "logits; that MLP is run everywhere.", "the shortcut \"last MLP\"")
 
-# %% ../nbs/00aa_contract.ipynb #ct000026
-def _large_pass(lm: LM, text: list[int], other: list[int], padded: bool = True) -> tuple[list[Tensor], _Blocks]:
-    padding, start = [None, None], text[:-2]
-    rows = [text, [*padding, *start] if padded else text, [*start, *padding] if padded else text, other, text, text]
-    with fast_products(lm), _Blocks(lm, (len(rows), len(text), lm.d_model)) as blocks: logits = _rows_logits(lm, rows)
-    blocks.settle(torch.stack([logits[0], logits[-2], logits[-1]]))
-    return logits, blocks
-
 # %% ../nbs/00aa_contract.ipynb #ct000028
-def _checks(lm: LM, own: Tensor, logits: list[Tensor], blocks: _Blocks) -> list[Check]:
-    if (causal := _check_causal(lm, own, logits[0], logits[3])).found: return [causal]
-    paddings = [_check_padding(lm, side, own, logits[row]) for row, side in ((1, "left"), (2, "right"))]
-    return [causal, *paddings, _check_blocks(blocks), _check_mlp(blocks, logits[0], logits[-1])]
-
 @torch.no_grad()
 def check_contract(
     lm: LM, # a model, without steering
 ) -> Contract: # what was found; what follows for layers and batches is kept in the `LM`
     "Try out what this library relies on, in two short passes (a few more where something does not hold)."
     if why := why_unsuitable_adapter(lm.model): return Contract([Check("no adapter acts by place", why, _EVERYTHING)])
-    text, other = _texts(lm)
-    own = _own_logits(lm, text)
-    if (shape := _check_shape(lm, own, text)).found: return Contract([shape])
-    (logits, blocks), same = _large_pass(lm, text, other), Check(_OWN)
-    if not _same(lm, logits[0], own[0]):
-        if (same := _check_own(lm, own[0], text)).found: return Contract([shape, same])
-        lm.few_logits = _same(lm, _rows_logits(lm, [text])[0], own[0])
-        logits, blocks = _large_pass(lm, text, other)
-    if not _same(lm, logits[0], own[0]): # padding disturbs the rows next to it
-        disturbed, (logits, blocks) = logits[0], _large_pass(lm, text, other, padded=False)
-        logits[1] = logits[2] = disturbed
-    return Contract([shape, same, *_checks(lm, own[0], logits, blocks)])
+    texts = _texts(lm)
+    with _Blocks(lm, (2, len(texts[0]), lm.d_model)) as blocks: logits = _own_logits(lm, texts)
+    if (shape := _check_shape(lm, logits, texts)).found: return Contract([shape])
+    blocks.settle(logits)
+    if (same := _check_own(lm, logits[0], texts)).found: return Contract([shape, same])
+    if (causal := _check_causal(blocks, logits, texts)).found: return Contract([shape, same, causal])
+    lm.own_logits = texts[0], logits[0].clone()
+    return Contract([shape, same, causal, _check_blocks(blocks), _check_mlp(blocks, logits)])
 
 # %% ../nbs/00aa_contract.ipynb #ct00002b
-def _mark(lm: LM) -> int: # changes when the model becomes another one; taken before every pass, so it has to be quick
+def _mark(lm: LM) -> int: # changes when the model becomes another one; taken before nearly every pass, so it has to be quick
     parts, waiting = [lm.dtype, lm.device, getattr(lm.config, "_attn_implementation", None)], [lm.model]
     while waiting:
         state = vars(module := waiting.pop())
@@ -268,20 +249,21 @@ def _mark(lm: LM) -> int: # changes when the model becomes another one; taken be
 @patch
 def ready(self: LM) -> None:
     "Check a model that is new or has changed. Raises `UnsupportedModel` where all its passes would be wrong."
-    mark = _mark(self)
-    if self.checked_as != mark:
-        with self.turn: # no other thread runs the model meanwhile
-            if self.checked_as != mark: _check(self, mark)
-    for check in self.checks:
+    if not self.looked_at:
+        mark = _mark(self)
+        if self.checks is None or mark not in self.marks:
+            with self.turn: # no other thread runs the model meanwhile
+                if self.checks is None or mark not in self.marks: _check(self, mark)
+        self.checked_as = mark
+    for check in self.checks or ():
         if check.refused == _EVERYTHING: raise UnsupportedModel(check.found)
 
 def _check(lm: LM, mark: int) -> None:
-    if lm.checked_as is not None: lm.shortcuts.clear()
-    lm.checked_as, lm.checks = mark, Contract() # so that the passes of the check are not checked
-    lm.checks_at, lm.unusable_layers, lm.unusable_padding, lm.few_logits, lm.mlp_by_token = {}, {}, {}, True, False
+    known = lm.known if lm.checks is None else {} # what was found out before the model changed is forgotten
+    lm.known, lm.checked_as, lm.looked_at = dict(known), mark, True # the passes of the check are not checked
     training = [module for module in lm.model.modules() if module.training]
     try:
-        lm.model.eval() # no chance in a comparison
+        for module in training: module.training = False # no chance in a comparison
         with lm.unsteered(): lm.checks = check_contract(lm)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError): raise
@@ -289,27 +271,32 @@ def _check(lm: LM, mark: int) -> None:
         found = f"A pass of {name} over a short text fails with {type(error).__name__}: {str(error)[:200]}"
         lm.checks = Contract([Check("a pass runs", found, _EVERYTHING)])
     finally:
-        lm.checked_as = mark if lm.checks else None
         for module in training: module.training = True
-    for message in lm.unusable_padding.values(): warnings.warn(message, stacklevel=6)
+        if lm.checks is not None:
+            lm.marks.add(mark)
+            known.update(lm.known) # copies of the model see it when it is complete
+        lm.known, lm.looked_at = known, False
 
-LM.checked_as, LM.checks, LM.checks_at = None, Contract(), {} # the mark of the checked model, and what was found
+LM.checked_as = None # the mark of the model when it was last looked at
 
 @patch(as_prop=True)
 def contract(self: LM) -> Contract: # what was checked, and what was found
-    "What has to hold for this model and whether it does; checks it if that has not been done."
-    try: self.ready()
+    "What has to hold for this model and whether it does; checks what has not been checked."
+    try:
+        self.ready()
+        for side in ("left", "right"): self.can_pad(side, 0)
     except UnsupportedModel: pass
     return Contract([*self.checks, *self.checks_at.values()])
 
 # %% ../nbs/00aa_contract.ipynb #ct2f0002
 @patch
-def take_over_checks(self: LM,
+def share_checks(self: LM,
     other: LM, # that this one was copied from, weights and all
 ) -> None:
-    "Know what is known of another model that computes the same, without trying it again."
-    for name in ("shortcuts", "checks_at", "unusable_layers", "unusable_padding"): setattr(self, name, dict(getattr(other, name)))
-    if other.checked_as == _mark(other): self.checked_as = _mark(self)
+    "Know what is known of another model that computes the same, and the other way round."
+    mark = _mark(other)
+    self.known = other.known if other.checks is None or mark in other.marks else {}
+    self.marks.update({mark, _mark(self)})
 
 # %% ../nbs/00aa_contract.ipynb #ct100001
 _LENGTH = re.compile("window|chunk|local|top_?k|sparse|stride|compress|block|segment|index|span|bucket|keep|range|mem")
@@ -347,13 +334,29 @@ def some_tokens(
     picked = torch.randint(len(usual), (count,), generator=torch.Generator().manual_seed(seed))
     return [*lm.prefix_ids, *(usual[i] for i in picked)][:count]
 
-def _check_long_padding(lm: LM, side: str, size: int) -> Check:
-    text, start = some_tokens(lm, size), some_tokens(lm, max(1, size * 3 // 4))
-    padding, most = [None] * (size - len(start)), min(8, len(start))
-    own = _rows_logits(lm, [start], last=most)[0]
-    padded = _rows_logits(lm, [text, [*padding, *start] if side == "left" else [*start, *padding]], last=most)[1]
-    return _check_padding(lm, side, own, padded)
+def _text(lm: LM, size: int) -> list[int]: return some_tokens(lm, size) if size else lm.own_logits[0]
 
+def _alone(lm: LM, rows: Sequence[list[int | None]], last: int) -> list[Tensor]: # [tokens, vocabulary] for each row
+    "Logits of the last tokens of each row, by the plain pass or remembered."
+    text, own = lm.own_logits
+    whole = [[token for token in row if token is not None] for row in rows]
+    if all(row == text[:len(row)] for row in whole): return [own[:len(row)][-last:] for row in whole]
+    return _rows_logits(lm, rows, last=last)
+
+# %% ../nbs/00aa_contract.ipynb #ct000021
+def _check_padding(lm: LM, side: str, size: int) -> Check:
+    what, text = f"a row padded on the {side} is the row alone", _text(lm, size)
+    start = text[:max(1, len(text) * 3 // 4)]
+    padding = [None] * (len(text) - len(start))
+    batch = _rows_logits(lm, [text, [*padding, *start] if side == "left" else [*start, *padding]], last=8)
+    rows = [start] if size else [start, text] # that the rows next to it stay the same is tried on short ones
+    distance = max(_distance(padded, alone) for padded, alone in zip(batch[::-1], _alone(lm, rows, 8), strict=False))
+    if distance <= lm.tolerance: return Check(what)
+    lm.unusable_padding[side] = (f"Padding on the {side} changes the logits of a row of {type(lm.model).__name__} by {distance:.0%}. "
+                                 "Give one text at a time (batch_size=1), or texts of equal length.")
+    return Check(what, lm.unusable_padding[side], f"padding of unequal rows on the {side}")
+
+# %% ../nbs/00aa_contract.ipynb #ct1000a4
 @patch
 def can_pad(self: LM,
     side: str, # "left" or "right"
@@ -361,17 +364,18 @@ def can_pad(self: LM,
 ) -> bool:
     "Whether a padded row of a batch is what it is alone; found out on first use."
     self.ready()
-    size = self.size_class(length)
-    if size and side not in self.unusable_padding:
-        self._at_length(f"padding on the {side}", size, lambda: _check_long_padding(self, side, size))
+    for size in sorted({0, self.size_class(length)}):
+        if side not in self.unusable_padding: self._at_length(f"padding on the {side}", size, partial(_check_padding, self, side, size))
     return side not in self.unusable_padding
 
 @patch
 @torch.no_grad()
 def _at_length(self: LM, name: str, size: int, check: Callable[[], Check]) -> Check:
-    if (name, size) not in self.checks_at:
-        with self.turn, self.unsteered(), self.plain(): made = check()
-        self.checks_at[name, size] = replace(made, what=f"{made.what}, in rows of {size} tokens" if size else made.what)
+    if (name, size) in self.checks_at: return self.checks_at[name, size]
+    with self.turn, self.unsteered(): made = check()
+    known = any(check.found for (kind, _), check in self.checks_at.items() if kind == name)
+    if made.found and not known: warnings.warn(made.found, stacklevel=4)
+    self.checks_at[name, size] = replace(made, what=f"{made.what}, in rows of {size} tokens" if size else made.what)
     return self.checks_at[name, size]
 
 # %% ../nbs/00aa_contract.ipynb #5c1e77a2
@@ -379,23 +383,26 @@ def _cached_logits(lm: LM, rows: Sequence[list[int | None]], steps: int) -> Tens
     ids, mask = _padded(lm, rows)
     row, options, begin, logits = torch.arange(len(ids), device=ids.device), dict(use_cache=True), 0, []
     for end in range(ids.shape[1] - steps + 1, ids.shape[1] + 1):
-        out = lm.forward(Pass(ids[:, begin:end], mask[:, :end], mask.sum(-1), row, keep=1, options=options))
+        with fast_products(lm): out = lm.forward(Pass(ids[:, begin:end], mask[:, :end], mask.sum(-1), row, keep=1, options=options))
         logits.append(out.logits[:, -1])
         past = getattr(out, "past_key_values", None) # None where a model keeps no cache
         if past is not None: begin, options = end, dict(use_cache=True, past_key_values=past)
     return torch.stack(logits, 1).flatten(0, 1)
 
 # %% ../nbs/00aa_contract.ipynb #ct100006
-def _check_cache(lm: LM, size: int, padded: bool) -> Check: # padded: with a second row that is padded on the left
-    what, text = "a text goes on from a cache as without one", some_tokens(lm, size or 8)
-    rows, steps = [text, [None, *text[:-1]]][:1 + padded], 4 if lm.dtype in (torch.float32, torch.float64) else 1
-    own = torch.cat(_rows_logits(lm, rows, last=steps))
-    try:
-        distance = _distance(_cached_logits(lm, rows, steps), own)
-        if distance <= lm.tolerance / (10 if steps > 1 else 1): return Check(what) # in fp32 a slow drift is seen
-        found = f"they are {distance:.2%} away"
+def _cache_differs(lm: LM, size: int, padded: bool) -> str: # what is seen, if anything; padded: next to a row padded on the left
+    text, steps = _text(lm, size), 4 if lm.dtype in (torch.float32, torch.float64) else 3
+    rows = [text, [None, *text[:-1]]][:1 + padded]
+    try: distance = _distance(_cached_logits(lm, rows, steps), torch.cat(_alone(lm, rows, steps)))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        found = f"{type(error).__name__}: {str(error)[:80]}"
+        return f"{type(error).__name__}: {str(error)[:80]}"
+    bound = lm.tolerance / (10 if steps == 4 else 1) # in fp32 a slow drift is seen
+    return "" if distance <= bound else f"they are {distance:.2%} away"
+
+def _check_cache(lm: LM, size: int) -> Check:
+    what, found = "a text goes on from a cache as without one", _cache_differs(lm, size, padded=True)
+    if found and not lm.can_pad("left", size): found = _cache_differs(lm, size, padded=False)
+    if not found: return Check(what)
     return Check(what, f"The next logits of {type(lm.model).__name__} from its KV cache are not those of its forward "
                        f"({found}); texts are generated without a cache, which takes longer.", "its cache")
 
@@ -407,11 +414,4 @@ def can_cache(self: LM,
     "Whether a text goes on from a KV cache as it does without one; found out on first use."
     self.ready()
     size = self.size_class(length)
-    padded = self.can_pad("left", length)
-    check = self._at_length("cache", size, lambda: _check_cache(self, size, padded))
-    if check.found and not self.warned_about_cache:
-        self.warned_about_cache = True
-        warnings.warn(check.found, stacklevel=3)
-    return check.holds
-
-LM.warned_about_cache = False
+    return self._at_length("cache", size, partial(_check_cache, self, size)).holds

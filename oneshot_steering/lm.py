@@ -85,6 +85,14 @@ class _PerThread:
     def __get__(self, lm: LM | None, owner: type): return self if lm is None else (lm._values.get() or {}).get(self.name, self.default)
     def __set__(self, lm: LM, value: object): lm._values.set({**(lm._values.get() or {}), self.name: value})
 
+# %% ../nbs/00_lm.ipynb #fo0000a1
+class _FoundOut:
+    "An attribute of `LM` that is found out by trying; all of them are in `LM.known`."
+    def __init__(self, first: Callable[[], object]): self.first = first # makes what stands there before
+    def __set_name__(self, owner: type, name: str): self.name = name
+    def __get__(self, lm: LM | None, owner: type): return self if lm is None else lm.known.setdefault(self.name, self.first())
+    def __set__(self, lm: LM, value: object): lm.known[self.name] = value
+
 # %% ../nbs/00_lm.ipynb #7d87f74b
 _OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
 
@@ -128,6 +136,18 @@ class LM:
     rows_differ_from: int | None = _PerThread(None) # the lowest layer where the rows of a batch may be steered differently; None: nowhere
     use_shortcuts: bool = _PerThread(True) # False within `plain`
     in_stream: bool = _PerThread(False) # whether this is a step of `carry`
+    looked_at: bool = _PerThread(False) # True within `unchanged`
+    shortcuts: dict[str, bool] = _FoundOut(dict) # those tried so far, and whether they agreed with the plain way
+    first_position: int = _FoundOut(int) # what the model calls the position of a text's first token
+    few_logits: bool = _FoundOut(lambda: True) # whether the head may be given few places only
+    mlp_by_token: bool = _FoundOut(bool) # whether nothing mixes tokens between the last block's MLP and the logits
+    block_outputs: int = _FoundOut(int) # entries of the tuple that a block returns, 0 if it returns a tensor
+    unusable_layers: dict[int, str] = _FoundOut(dict) # blocks where nothing can be read or steered, and why
+    unusable_padding: dict[str, str] = _FoundOut(dict) # sides where padding changes what a row gives, and what was found
+    marks: set[int] = _FoundOut(set) # of the models, the copies, for which this holds
+    checks: tuple | None = _FoundOut(lambda: None) # the checks of the contract; None before they are made
+    checks_at: dict[tuple, object] = _FoundOut(dict) # those that are made where a job needs them, and at its length
+    own_logits: tuple | None = _FoundOut(lambda: None) # a short text, and the model's own logits [T, vocabulary] for it
 
     def __init__(self,
         model: transformers.PreTrainedModel, # any causal language model; its weights are frozen, nothing else changes
@@ -141,12 +161,7 @@ class LM:
         self.name = name or getattr(model, "name_or_path", "") or type(model).__name__
         self.layers = find_blocks(model, layers)
         self.stand_alone()
-        self.first_position = 0 # what the model calls the position of a text's first token
-        self.few_logits = True # whether the head may be given few places only
-        self.mlp_by_token = False # whether nothing mixes tokens between the last block's MLP and the logits
-        self.unusable_layers: dict[int, str] = {} # blocks where nothing can be read or steered, and why
-        self.unusable_padding: dict[str, str] = {} # sides where padding changes what a row gives, and what was found
-        self.shortcuts: dict[str, bool] = {} # the shortcuts tried so far, and whether they agreed with the plain way
+        self.known: dict[str, object] = {} # what is found out by trying
         self._turn_ends: dict[str, int | None] = {} # per chat template, the token that ends an assistant's message
         inner = getattr(model, "get_base_model", lambda: model)()
         self._accepts = set(inspect.signature(inner.forward).parameters)
@@ -388,8 +403,23 @@ def can_cache(self: LM, length: int) -> bool:
     return True
 
 @patch
+def try_shortcuts(self: LM, texts: Sequence[list[int]], logits: Tensor) -> bool:
+    "Do all shortcuts of a loss, in one pass, give the logits [T, vocabulary] of the last text? Then they are used from now on."
+    return False
+
+@patch
 def position_key(self: LM, length: int) -> object:
     "What do positions mean in a text of this length? Lengths with equal keys share it."
+
+# %% ../nbs/00_lm.ipynb #fo0000a3
+@patch
+@contextmanager
+def unchanged(self: LM) -> Iterator[None]:
+    "Within this context the model stays what it is at its beginning, and is not looked at again."
+    self.ready()
+    before, self.looked_at = self.looked_at, True
+    try: yield
+    finally: self.looked_at = before
 
 # %% ../nbs/00_lm.ipynb #5260d0d0
 @patch(as_prop=True)
@@ -522,16 +552,23 @@ def _head_at(self: LM, this: Pass) -> Iterator[Callable[[Tensor], Tensor]]:
 _UNSUPPORTED = (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError, ValueError) # what a shortcut may raise
 
 @patch
+@torch.no_grad()
+def agrees(self: LM,
+    compare: Callable[[], Iterable[tuple[Tensor, Tensor]]], # runs a shortcut and the plain way: pairs of (shortcut's, plain) results
+) -> bool: # False, too, where it fails
+    "Whether a shortcut gives this model's own numbers, without steering."
+    with self.turn, self.unsteered():
+        try: return all(self.agree(fast, plain) for fast, plain in compare())
+        except _UNSUPPORTED: return False
+
+@patch
 def verified(self: LM,
     name: str, # of a shortcut, as `lm.shortcuts` lists it
-    compare: Callable[[], Iterable[tuple[Tensor, Tensor]]], # runs it and the plain way: pairs of (shortcut's, plain) results
+    compare: Callable[[], Iterable[tuple[Tensor, Tensor]]], # as in `agrees`
 ) -> bool: # whether to use it
     "Whether a shortcut gives this model's own numbers: compared on first use, without steering, and remembered."
     if not self.use_shortcuts: return False
-    if name not in self.shortcuts:
-        with self.turn, torch.no_grad(), self.unsteered():
-            try: self.shortcuts[name] = all(self.agree(fast, plain) for fast, plain in compare())
-            except _UNSUPPORTED: self.shortcuts[name] = False
+    if name not in self.shortcuts: self.shortcuts[name] = self.agrees(compare)
     return self.shortcuts[name]
 
 # %% ../nbs/00_lm.ipynb #lm1000c4

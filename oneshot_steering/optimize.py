@@ -632,7 +632,7 @@ def _drive(lm: LM, runs: Sequence[_Run], tokens: int, bar: Progress) -> None:
     while waiting:
         for together in list(_passes(waiting, tokens, lm.can_resume)):
             problems = [problem for run in together for problem in waiting[run]]
-            losses = iter(losses_together(lm, problems, together[0].first if lm.can_resume else 0))
+            with lm.unchanged(): losses = iter(losses_together(lm, problems, together[0].first if lm.can_resume else 0))
             wants = {run: run.send([next(losses) for _ in waiting[run]]) for run in together}
             if aims := [w for w in wants.values() if isinstance(w, Tensor)]: _backward(lm, torch.stack(aims).sum())
             for run, want in wants.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -39,8 +39,6 @@ def trusted(self: LM,
     return self.verified(f"{name}{list(more) if more else ''} at {size} tokens", partial(compare, self, size, *more))
 
 # %% ../nbs/00b_reuse.ipynb #3fd09b80
-LM.block_outputs = 0 # entries of the tuple that a block returns, 0 if it returns a tensor; `can_resume` finds out
-
 @patch
 @contextmanager
 def resume(self: LM,
@@ -75,17 +73,23 @@ def can_resume(self: LM) -> bool:
     "Whether `resume` gives this model's own logits; found out on first use."
     return self.trusted("resume")
 
+def _in_parts(lm: LM, layers: Sequence[int], ids: Tensor, mask: Tensor, attention: Tensor | None = None) -> Tensor: # logits everywhere
+    "A pass that ends at each of some layers, the lowest first, and goes on from the states there."
+    def count(module, args, output): lm.block_outputs = len(output) if isinstance(output, tuple) else 0
+    lengths, resumed, rows = mask.sum(-1), nullcontext(), mask.nonzero(as_tuple=True)
+    handle = lm.layers[0].register_forward_hook(in_this_thread(count))
+    try:
+        for layer in layers:
+            with resumed: states = lm.states_at(layer, ids, mask, lengths, attention=attention)
+            resumed = lm.resume(layer, states)
+        with resumed: return lm.run(ids, mask, lengths, keep=rows, attention=attention).logits
+    finally: handle.remove()
+
+def _tried(lm: LM) -> list[int]: return sorted({1, lm.n_layers // 2, lm.n_layers - 1} & set(range(lm.n_layers)))
+
 def _compare_resumed(lm: LM, length: int, layer: int | None = None) -> list[tuple[Tensor, Tensor]]:
     ids, mask = lm.pad([some_tokens(lm, length)])
-    outputs, lengths = [], mask.sum(-1)
-    handle = lm.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output))
-    try: logits = lm.run(ids, mask, lengths).logits
-    finally: handle.remove()
-    lm.block_outputs = len(outputs[0]) if isinstance(outputs[0], tuple) else 0
-    resumed = []
-    for start in {1, lm.n_layers // 2, lm.n_layers - 1} & set(range(lm.n_layers)) if layer is None else [layer]:
-        with lm.resume(start, lm.states_at(start, ids, mask, lengths)): resumed.append(lm.run(ids, mask, lengths).logits)
-    return [(r, logits) for r in resumed]
+    return [(_in_parts(lm, _tried(lm) if layer is None else [layer], ids, mask), lm.run(ids, mask, mask.sum(-1)).logits[0])]
 
 _COMPARISONS["resume"] = _compare_resumed
 
@@ -160,13 +164,31 @@ def _compare_packed(lm: LM, length: int, width: int = 0) -> list[tuple[Tensor, T
 
 _COMPARISONS["tree attention"] = _compare_packed
 
+# %% ../nbs/00b_reuse.ipynb #re3000a1
+@patch
+def try_shortcuts(self: LM,
+    texts: Sequence[list[int]], # that begin alike
+    logits: Tensor, # [T, vocabulary] of the last one, as the model's own forward gives them
+) -> bool:
+    "Whether packed rows, resumed at several blocks, give these logits; then both shortcuts are trusted."
+    if not self.use_shortcuts: return False
+    row = TokenTree()
+    columns = [row.add(text) for text in texts][-1]
+    ids, mask = torch.tensor([row.ids], device=self.device), torch.ones(1, len(row.ids), dtype=torch.bool, device=self.device)
+    attention = tree_attention([row], len(row.ids)).to(ids.device)
+    agrees = self.agrees(lambda: [(_in_parts(self, _tried(self), ids, mask, attention)[columns], logits)])
+    if agrees: self.shortcuts.update({"resume": True, "tree attention": True})
+    return agrees
+
 # %% ../nbs/00b_reuse.ipynb #39ac98ca
 def _share_prompts(lm: LM, forward: Callable, this: Pass):
     "The first pass of a generation, with a KV cache: what rows with equal prompts have in common runs once."
     prefill = this.options.get("use_cache") and this.options.get("past_key_values") is None
     if not prefill or not isinstance(this.keep, int) or lm.rows_differ_from == 0 or len(this.ids) == 1: return forward(this)
     prompts, each = torch.cat([this.ids, this.prompt_lengths[:, None]], 1).unique(dim=0, return_inverse=True)
-    if len(prompts) == len(this.ids) or not _may_share(lm, this.ids.shape[1]): return forward(this)
+    saved = (len(this.ids) - len(prompts)) * this.ids.shape[1]
+    worth = saved >= 64 or (saved and "shared prompts" in lm.shortcuts) # else trying takes longer
+    if not worth or not _may_share(lm, this.ids.shape[1]): return forward(this)
     return _prefill(lm, forward, this, each)
 
 LM.around_pass["shared prompts"] = _share_prompts

@@ -29,7 +29,9 @@ def _ask(module: nn.Module, length: int) -> bytes: # angles of position 1 in suc
     flat = [t for some in angles for t in (some if isinstance(some, tuple) else (some,))]
     return b"".join(t[:, :1].float().cpu().numpy().tobytes() for t in flat)
 
-def _angles(module: nn.Module, length: int) -> bytes: return _ask(copy.deepcopy(module), length)
+def _angles(module: nn.Module, length: int) -> bytes: # as new; its configuration is large and stays as it is, so it is shared
+    config = getattr(module, "config", None)
+    return _ask(copy.deepcopy(module, {id(config): config}), length)
 
 def _switching(lm: LM) -> list[nn.Module]:
     "The rotary modules whose angles depend on the longest position of a pass, as new."

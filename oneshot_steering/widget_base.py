@@ -102,7 +102,7 @@ def twin(
     made, weights = copy.copy(lm), {id(t): t for t in (*lm.model.parameters(), *lm.model.buffers())}
     made.model, made.layers = copy.deepcopy((lm.model, lm.layers), weights)
     made.stand_alone()
-    made.take_over_checks(lm)
+    made.share_checks(lm)
     return made
 
 # %% ../nbs/15_widget_base.ipynb #6cb89117

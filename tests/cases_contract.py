@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oneshot_steering.baselines import caa
-from oneshot_steering.lm import LM, block_input
+from oneshot_steering.lm import LM, UnsupportedModel, block_input
 from oneshot_steering.models import tiny_lm, tiny_model, tiny_tokenizer
 from oneshot_steering.objective import Example, Objective, Terms
 from oneshot_steering.optimize import optimize
@@ -177,6 +177,12 @@ def what_needs_no_stream(family, **config):
     lm = made(family, **config)
     ids = lm.encode(TEXTS[0])
     assert torch.allclose(lm.run(*probe(lm)).logits[0], lm.model(torch.tensor([ids]), use_cache=False).logits[0], atol=1e-4)
+
+
+def what_needs_padding(family):
+    lm = made(family)
+    with pytest.raises(UnsupportedModel, match="one text at a time"):
+        lm.pad([lm.encode(t) for t in TEXTS], side="left")
 
 
 def a_block_that_is_run(times):

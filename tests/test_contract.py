@@ -7,7 +7,7 @@ from cases_contract import TEXTS, gemma4, made, probe, vector
 
 from oneshot_steering.models import TINY_ARCHITECTURES, tiny_lm
 from oneshot_steering.objective import Example
-from oneshot_steering.optimize import optimize
+from oneshot_steering.optimize import Stop, optimize
 from oneshot_steering.steering import Steering
 
 
@@ -19,24 +19,39 @@ def test_models_that_keep_the_contract():
 
 
 def test_it_is_checked_once_and_again_when_the_model_has_changed():
-    lm, passes = tiny_lm(), []
-    lm.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    assert not passes and not lm.checks
+    lm, blocks = tiny_lm(), []
+    for layer in lm.layers:
+        layer.self_attn.register_forward_pre_hook(lambda *_: blocks.append(1))
+    passes = lambda: len(blocks) / lm.n_layers  # what is skipped is not counted
+    assert not passes() and lm.checks is None
     lm.log_probs("the fox", " is")
-    assert len(lm.checks) == 7
-    before = len(passes)
+    assert len(lm.checks) == 5 and passes() == 3  # two of the check, one of its own
     lm.log_probs("the fox", " is")
-    assert len(passes) == before + 1
+    assert passes() == 4
     adapted = peft.get_peft_model(lm.model, peft.LoraConfig(target_modules=["q_proj"], r=2))
-    lm.shortcuts["resume"] = True
+    lm.shortcuts["of the model before"] = True
     lm.log_probs("the fox", " is")
-    assert len(passes) == before + 4 and "resume" not in lm.shortcuts  # two passes of the check, one of its own
+    assert passes() == 7 and "of the model before" not in lm.shortcuts
     adapted.disable_adapter_layers()
     lm.log_probs("the fox", " is")
-    assert len(passes) == before + 7
+    assert passes() == 10
     with lm.resume(2, lm.states_at(2, *probe(lm))):
         lm.run(*probe(lm))
-    assert len(passes) == before + 9
+    assert passes() == 11
+
+
+def test_a_change_within_a_step_is_seen_at_the_next_one():
+    lm, example = tiny_lm(), Example("the quick", promote=" brown fox")
+    adapted = []
+
+    def adapt(step, losses, steering):
+        if step == 1:
+            config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+            lm.shortcuts["of the model before"] = True
+            adapted.append(peft.get_peft_model(lm.model, config))
+
+    optimize(lm, example, 2, steps=4, stop=Stop(callback=adapt), progress=False)
+    assert adapted and "of the model before" not in lm.shortcuts
 
 
 @pytest.mark.parametrize("steered", [False, True])
