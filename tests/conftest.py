@@ -13,6 +13,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))  # they share the processor's cores
 
+BYTECODE = Path(__file__).parent.parent / ".cache" / "bytecode"
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # or each of some hundred processes would compile PyTorch and transformers anew
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(BYTECODE)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
 ORDER = {"test_project": 0, "test_wheel": 2, "test_notebooks": 3}  # every other file is 1
 
 
