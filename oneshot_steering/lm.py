@@ -19,6 +19,7 @@ from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, wraps
 from itertools import groupby
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -131,6 +132,7 @@ class LM:
     "A causal language model with its tokenizer: exact tokens, decoder blocks, generation, log-probabilities."
     safeguards: ClassVar[dict[str, Callable]] = {} # what makes a pass right, put around every one, see `run`
     around_pass: ClassVar[dict[str, Callable]] = {} # what shortcuts put around every pass, see `run`
+    announced: ClassVar[ContextVar] = ContextVar("announced", default=None) # the LM whose pass is running, see `at`
     where: TokenPositions | None = _PerThread(None) # of the pass that is running
     steerings: tuple | None = _PerThread(None) # the steering contexts that act; () for none, None if this thread has not said
     rows_differ_from: int | None = _PerThread(None) # the lowest layer where the rows of a batch may be steered differently; None: nowhere
@@ -208,6 +210,15 @@ def context(self: LM) -> int | None: # most tokens the model was made for
 def window(self: LM) -> int | None: # the smallest attention window of any layer, None if there is none
     sizes = [getattr(self.config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((s for s in sizes if isinstance(s, int) and s > 0), default=None)
+
+# %% ../nbs/00_lm.ipynb #b137b253
+@patch
+def __getstate__(self: LM) -> dict: return {name: value for name, value in vars(self).items() if name not in ("_values", "turn")}
+
+@patch
+def __setstate__(self: LM, state: dict) -> None:
+    vars(self).update(state)
+    self.stand_alone()
 
 # %% ../nbs/00_lm.ipynb #lm3000a4
 @patch
@@ -356,24 +367,39 @@ def _forms(messages: list[dict]) -> Iterator[list[dict]]: # the same conversatio
     system, user, *rest = messages
     yield from _forms([{**user, "content": [*system["content"], dict(type="text", text="\n\n"), *user["content"]]}, *rest])
 
+# %% ../nbs/00_lm.ipynb #fcb26bf9
+def _twin(messages: list[dict], whole: bool) -> list[dict]: # whole: the texts too, not only the markers
+    def call(i: int, c: object) -> object: # of a tool
+        if not isinstance(c, dict): return c
+        return {**c, "function": call(i, c["function"])} if isinstance(c.get("function"), dict) else {**c, "name": f"xcalled{i}x"}
+    def marked(i: int, m: dict) -> dict:
+        calls = dict(tool_calls=[call(i, c) for c in m["tool_calls"]]) if m.get("tool_calls") else {}
+        *parts, last = m["content"] if whole and m["content"] else [dict(type="text", text="")]
+        return {**m, **calls, "content": m["content"] and [*parts, {**last, "text": f"{last['text']}xmarker{i}x"}]}
+    return [marked(i, m) for i, m in enumerate(messages)]
+
+def _lost(messages: list[dict], copy: str) -> list[str]: # copy: a twin as a template wrote it
+    def arrives(i: int, m: dict) -> bool: # the text itself, not a list of parts in Python's or JSON's own form
+        said = not m["content"] or re.search(rf"(?<!['\"]text['\"]: ['\"])xmarker{i}x", copy, re.IGNORECASE)
+        return bool(said and (not m.get("tool_calls") or re.search(f"xcalled{i}x", copy, re.IGNORECASE)))
+    return [m["role"] for i, m in enumerate(messages) if not arrives(i, m)]
+
 # %% ../nbs/00_lm.ipynb #lm2000a5
 _REFUSALS = (AttributeError, IndexError, KeyError, TemplateError, TypeError, ValueError) # what templates raise
 
 @patch
 def _render(self: LM, messages: list[dict], options: dict) -> str:
     if not getattr(self.tok, "chat_template", None): return _plain_chat(messages, options)
-    if strange := [name for name in options if name not in str(self.tok.chat_template) and name not in ("tools", "documents")]:
+    if strange := [name for name in options if name not in str(self.tok.chat_template)]:
         raise ValueError(f"The chat template of {self.name} does not read {', '.join(strange)}.")
     write = partial(self.tok.apply_chat_template, tokenize=False, add_generation_prompt=True, **options)
-    marked = [{**m, "content": m["content"] and [dict(type="text", text=f"xmarker{i}x")]} for i, m in enumerate(messages)]
-    problems = []
-    for form, twin in zip(_forms(messages), _forms(marked), strict=True):
-        try: text, copy = write(form), write(twin).lower()
+    problems, copies = [], [_forms(_twin(messages, whole)) for whole in (False, True)]
+    for form, *twins in zip(_forms(messages), *copies, strict=True):
+        try: text, lost = write(form), [role for twin in twins for role in _lost(messages, write(twin))]
         except _REFUSALS as error: problems.append(f"refuses it: {error}")
         else:
-            lost = [m["role"] for i, m in enumerate(messages) if m["content"] and f"xmarker{i}x" not in copy]
             if not lost: return text
-            problems.append(f"leaves out what is said by: {', '.join(lost)}")
+            problems.append(f"leaves out what is said by: {', '.join(dict.fromkeys(lost))}")
     roles = ", ".join(m["role"] for m in messages)
     raise ValueError(f"The chat template of {self.name} cannot write this conversation ({roles}); it {problems[0]}.")
 
@@ -488,10 +514,13 @@ def uncompiled() -> Iterator[None]:
 @contextmanager
 def at(self: LM, where: TokenPositions) -> Iterator[None]:
     "Announce what the columns of the passes inside are; steering reads it."
-    before, self.where = self.where, where
+    before, self.where = (self.where, self.announced.get()), where
+    self.announced.set(self)
     try:
         with uncompiled(): yield
-    finally: self.where = before
+    finally:
+        self.where = before[0]
+        self.announced.set(before[1])
 
 # %% ../nbs/00_lm.ipynb #lm1000b9
 @patch
@@ -521,9 +550,19 @@ def forward(self: LM, this: Pass): # the model's output
     if "position_ids" in self._accepts: options["position_ids"] = this.positions + self.first_position
     where = TokenPositions(this.positions, this.mask[:, -this.ids.shape[1]:], this.prompt_lengths, this.rows)
     with self.at(where), self._head_at(this) as finish:
-        out = self.model(input_ids=this.ids, attention_mask=attention, **options)
+        try: out = self.model(input_ids=this.ids, attention_mask=attention, **options)
+        except IndexError as error: raise self._out_of_range(this, error) from error
     out.logits = finish(out.logits)
     return out
+
+@patch
+def _out_of_range(self: LM, this: Pass, error: IndexError) -> Exception: # what an index into a table of embeddings says of a pass
+    longest, words = int(this.positions.max()) + 1, self.model.get_input_embeddings().weight.shape[0]
+    if self.context and longest > self.context:
+        return ValueError(f"A text of {longest} tokens is longer than the {self.context} that {self.name} was made for; give less.")
+    if (token := int(this.ids.max())) >= words:
+        return ValueError(f"The tokenizer writes token {token}, but {self.name} knows {words}: they do not belong together.")
+    return error
 
 def _additive(attention: Tensor, dtype: torch.dtype) -> Tensor: # [B, 1, T, T], what transformers adds to attention scores
     blocked = torch.zeros(attention.shape, dtype=dtype, device=attention.device)
@@ -724,10 +763,11 @@ class Sampling:
     def __post_init__(self):
         if self.max_new_tokens < 1: raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.temperature < 0 or not 0 < self.top_p <= 1: raise ValueError("temperature must be >= 0 and top_p in (0, 1].")
-        stop = (self.stop,) if self.stop is None or isinstance(self.stop, (str, int)) else tuple(self.stop)
-        if wrong := [s for s in stop if not isinstance(s, (str, int)) or isinstance(s, bool) or s == "" or (isinstance(s, int) and s < 0)]:
+        stop = (self.stop,) if self.stop is None or isinstance(self.stop, (str, Integral)) else tuple(self.stop)
+        token = lambda s: isinstance(s, Integral) and not isinstance(s, bool) and s >= 0
+        if wrong := [s for s in stop if not (token(s) or (isinstance(s, str) and s))]:
             raise ValueError(f"stop takes texts that are not empty and token ids, not {wrong[0]!r}.")
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", tuple(int(s) if token(s) else s for s in stop))
 
 # %% ../nbs/00_lm.ipynb #lm1000e1
 class Sampler:
@@ -829,6 +869,15 @@ def _carries(make: Callable) -> Callable: # a method that makes steps
     def method(self: LM, *args, **kwargs): return self.carry(make(self, *args, **kwargs))
     return method
 
+# %% ../nbs/00_lm.ipynb #64c5a17a
+@patch
+def _next_tokens(self: LM, sampler: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor: # [B]; logits [B, vocabulary]
+    token = sampler(logits)
+    if logits.gather(-1, token[:, None].to(logits.device)).isnan().any(): # the largest number is NaN where there is one
+        raise ValueError(f"{self.name} gives logits that are not numbers (NaN), so there is no next token: something overflows in "
+                         f"{str(self.dtype).removeprefix('torch.')}. Use a smaller strength, or load the model in bfloat16 or float32.")
+    return token
+
 # %% ../nbs/00_lm.ipynb #lm1000f0
 @patch
 @_carries
@@ -855,7 +904,7 @@ def decode_steps(self: LM,
         cached = dict(past_key_values=past) if past is not None else {}
         with torch.no_grad(): out = self.run(new if cached else ids, mask, lengths, row_ids, keep=1, use_cache=use_cache, **cached)
         past = getattr(out, "past_key_values", None) if use_cache else None # None where a model keeps no cache
-        token = sampler(out.logits[:, -1].float())
+        token = self._next_tokens(sampler, out.logits[:, -1].float())
         ended = ended | torch.isin(token, stop)
         step: list[int | None] = [None] * len(prompts)
         for i, t, over in zip(alive, token.tolist(), ended.tolist(), strict=True): step[i] = None if over else t
@@ -985,7 +1034,7 @@ def generate(self: LM,
 ) -> str | list[str] | Iterator: # the new text only; streaming yields pieces for one prompt, (row, piece) for several
     "Continue each prompt, under whatever steering is active. Ends at a stop text or token (`stop_ids`), which is not shown."
     texts, sampling = _as_list(prompts), sampling or Sampling(max_new_tokens, temperature, top_p, seed)
-    if stop: sampling = replace(sampling, stop=stop)
+    if stop := Sampling(stop=() if stop is None else stop).stop: sampling = replace(sampling, stop=stop)
     if streams is not None and len(streams) != len(texts):
         raise ValueError(f"{len(streams)} streams for {len(texts)} prompts: give one each.")
     encoded = [self.encode_prompt(t) for t in texts]

@@ -255,7 +255,12 @@ def load_lm(
     layers: str | None = None, # path of the decoder blocks where they cannot be found by structure
 ) -> LM: # frozen, in eval mode
     "Load a language model; without arguments the embedded SmolLM2-135M-Instruct."
-    if isinstance(name_or_path, tuple): return LM(*name_or_path, layers=layers)
+    if isinstance(name_or_path, tuple):
+        settings = dict(dtype=dtype, device=device, device_map=device_map, quantization_config=quantization_config, revision=revision)
+        if given := [name for name, value in settings.items() if value is not None]:
+            raise ValueError(f"A model that is loaded stays as it is, so {', '.join(given)} would do nothing; leave that out, or give "
+                             "a name or a folder.")
+        return LM(*name_or_path, layers=layers)
     if isinstance(name_or_path, nn.Module): raise TypeError("Pass the model together with its tokenizer: load_lm((model, tok)).")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = fast_dtype(device) if dtype is None else _named_dtype(dtype) if isinstance(dtype, str) else dtype

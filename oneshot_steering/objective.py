@@ -22,7 +22,7 @@ from .steering import Positions, Steering, parse_positions
 
 # %% auto #0
 __all__ = ['Recorded', 'Shift', 'Example', 'Objective', 'token_losses', 'to_hartleys', 'token_divergences', 'Term', 'Terms',
-           'Layout', 'losses_together', 'record', 'record_text']
+           'Layout', 'check_gradients', 'losses_together', 'record', 'record_text']
 
 # %% ../nbs/02_objective.ipynb #eaea5555
 @dataclass(frozen=True, eq=False)
@@ -330,6 +330,18 @@ def _joined(layouts: Sequence[Layout]) -> Layout:
     attention = torch.cat([_square(layout, width) for layout in layouts]) if trees else None
     return Layout(wide("ids"), wide("mask"), torch.cat([layout.prompt_lengths for layout in layouts]), attention, (), ())
 
+# %% ../nbs/02_objective.ipynb #d965f957
+def check_gradients(
+    lm: LM, # the model
+) -> None:
+    "Raise `ValueError` where no gradient goes through this model."
+    if any(weight.is_inference() for weight in lm.model.parameters()):
+        raise ValueError(f"The weights of {lm.name} were made inside torch.inference_mode() and give no gradients; "
+                         "load the model outside of it.")
+    if lm.device.type == "cpu" and lm.config._attn_implementation == "flex_attention":
+        raise ValueError("attn_implementation='flex_attention' gives no gradients on a processor; "
+                         "call lm.model.set_attn_implementation('eager') first.")
+
 # %% ../nbs/02_objective.ipynb #9f4c910a
 def losses_together(
     lm: LM, # the model
@@ -337,6 +349,8 @@ def losses_together(
     first: int = 0, # no vector acts below this block: start there, where the model allows it
 ) -> list[Tensor]: # [terms] nats for each problem, with gradient
     "The losses of several problems from one pass."
+    tensors = [tensor for _, steering in problems if steering is not None for _, tensor in steering.named_tensors()]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors): check_gradients(lm)
     layouts = [terms.layout(steering) for terms, steering in problems]
     batch, offsets = _joined(layouts), [0, *accumulate(len(layout.ids) for layout in layouts)]
     rows = [row for terms, steering in problems for row in terms._row_steerings(steering)]

@@ -22,7 +22,7 @@ from fastcore.meta import delegates
 from torch import Tensor
 
 from .lm import LM, Progress
-from .objective import Example, Objective, Shift, Terms, losses_together, record_text
+from .objective import Example, Objective, Shift, Terms, check_gradients, losses_together, record_text
 from .steering import MODES, NEUTRAL_PROMPTS, Positions, Steering, parse_positions
 
 # %% auto #0
@@ -660,12 +660,7 @@ def _passed_on(lm: LM) -> Iterator[None]:
 # %% ../nbs/03_optimize.ipynb #2c4253e2
 @contextmanager
 def _gradients(lm: LM) -> Iterator[None]:
-    if any(weight.is_inference() for weight in lm.model.parameters()):
-        raise ValueError(f"The weights of {lm.name} were made inside torch.inference_mode() and give no gradients; "
-                         "load the model outside of it.")
-    if lm.device.type == "cpu" and lm.config._attn_implementation == "flex_attention":
-        raise ValueError("attn_implementation='flex_attention' gives no gradients on a processor; "
-                         "call lm.model.set_attn_implementation('eager') first.")
+    check_gradients(lm)
     with torch.inference_mode(False), torch.enable_grad(), _passed_on(lm): yield
 
 # %% ../nbs/03_optimize.ipynb #bb97c95f

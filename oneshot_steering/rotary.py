@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -77,10 +78,12 @@ def _by_row(fresh: nn.Module, groups: Sequence[Tensor], x: Tensor, position_ids:
 
 @contextmanager
 def _apart(lm: LM, groups: Sequence[Tensor]) -> Iterator[None]:
-    modules = _rotaries(lm)
+    modules, thread = _rotaries(lm), threading.get_ident()
     before = [vars(module).get("forward") for module, _ in modules]
+    def turned(own: Callable, fresh: nn.Module, *args, **kwargs): # a pass of another thread keeps its own angles
+        return _by_row(fresh, groups, *args, **kwargs) if threading.get_ident() == thread else own(*args, **kwargs)
     try:
-        for module, fresh in modules: module.forward = partial(_by_row, fresh, groups)
+        for module, fresh in modules: module.forward = partial(turned, module.forward, fresh)
         yield
     finally:
         for (module, _), forward in zip(modules, before, strict=True):

@@ -32,7 +32,7 @@ from .lm import LM, TokenPositions, block_input, uncompiled
 
 # %% auto #0
 __all__ = ['Positions', 'MODES', 'NEUTRAL_PROMPTS', 'parse_positions', 'position_mask', 'Steering', 'Steerings', 'stream_change',
-           'as_steerings', 'SteeringFileError', 'save_steering', 'load_steering']
+           'as_steerings', 'SteeredThroughAnother', 'SteeringFileError', 'save_steering', 'load_steering']
 
 # %% ../nbs/01_steering.ipynb #a06042de
 Positions = str | slice # "all", "prompt", "completion", "last_5", "2:6" or slice(2, 6)
@@ -294,7 +294,7 @@ class _Locator:
     def __init__(self, lm: LM, rules: Sequence[str], rows_differ: bool):
         self.lm, self.rules, self.rows_differ = lm, [r for r in rules if r not in ("all", ":", "0:")], rows_differ
         self.where: TokenPositions | None = None # of the pass that is running
-        self.lengths: WeakKeyDictionary[object, Tensor] = WeakKeyDictionary() # of the prompts in a cache
+        self.prompts: WeakKeyDictionary[object, Tensor] = WeakKeyDictionary() # masks [B, T] of the prompts in a cache
         self.begun: Tensor | None = None # the same for a pass that makes its own cache
         self.text: Tensor | None = None # what the last prompt was
 
@@ -345,15 +345,16 @@ def _locate(self: _Locator, kwargs: dict, tokens: Tensor) -> _Located: # [B, Q],
     if positions is not None and positions.ndim == 2 and ((positions.to(device) != expected) & valid).any(): return None # packed
     if start == 0:
         before, self.text = self.text, tokens
-        if before is None or not torch.equal(before, tokens[:, :-1]): self.begun = mask.sum(-1)
-    lengths = self.begun if start == 0 else self.lengths.get(cache) if columns == 1 else None
-    return mask, lengths if lengths is not None and len(lengths) == batch else None, torch.arange(batch)
+        if before is None or not torch.equal(before, tokens[:, :-1]): self.begun = mask
+    prompts = self.begun if start == 0 else self.prompts.get(cache) if columns == 1 else None
+    known = prompts is not None and torch.equal(mask[:, :prompts.shape[1]], prompts) # neither cut into nor in another order
+    return mask, prompts.sum(-1) if known else None, torch.arange(batch)
 
 @patch
 def remember(self: _Locator, kwargs: dict, output: object) -> None:
-    "Note the lengths of the prompts that a pass put into a cache."
+    "Note the prompts that a pass put into a cache."
     cache = _cache(output) if _cache(kwargs) is None and isinstance(output, dict) else _cache(kwargs)
-    if self.begun is not None and hasattr(cache, "get_seq_length"): self.lengths[cache] = self.begun
+    if self.begun is not None and hasattr(cache, "get_seq_length"): self.prompts[cache] = self.begun
 
 # %% ../nbs/01_steering.ipynb #st00002f
 LM.lent = None # the steering of the thread that waits for `generate_batch`
@@ -417,15 +418,24 @@ class _Block:
         n_rows = len(per_row) if rows_differ else None
         self.hooks = {layer: _layer_hook(_steps(per_row, layer, lm.n_layers), self, n_rows) for layer in used}
 
+    def __reduce_ex__(self, protocol: int):
+        raise RuntimeError(f"{self.lm.name} is being steered, and what is copied or pickled now would keep half of it; do that "
+                           "outside of `with lm.steer(...)`. `lm.model.save_pretrained` writes the plain weights anywhere.")
+
     def acts(self) -> bool: return self in self.lm.acting() # in the thread that runs now
 
 # %% ../nbs/01_steering.ipynb #st00002b
+class SteeredThroughAnother(Exception): "A pass through one `LM` of a model while another `LM` of it steers."
+
 @patch
 def enter(self: _Block, module: nn.Module, args: tuple, kwargs: dict) -> None:
     "Before a pass of the model."
     if self.lm.steerings is None and self.lm.lent is not None and _is_packed(kwargs):
         self.lm.steerings, self.borrowed = self.lm.lent, True
     if not self.acts(): return
+    if self.lm.announced.get() not in (None, self.lm):
+        raise SteeredThroughAnother(f"{self.lm.name} is being steered through another LM of the same model, which alone knows what "
+                                    "acts on which row; run it through that one, or make one LM of a model.")
     self.lm.turn.acquire()
     if module in self.inside: self.leave() # its last pass was interrupted
     self.owner = threading.get_ident()

@@ -2,6 +2,8 @@
 
 from functools import partial
 
+import numpy as np
+
 from oneshot_steering.lm import LM, Sampling
 from oneshot_steering.models import tiny_lm, tiny_model, tiny_tokenizer
 
@@ -140,6 +142,15 @@ def a_stop_token_ends_a_row_and_what_has_ended_is_not_computed():
     assert steps == 2
 
 
+def token_zero_and_the_numbers_of_numpy_may_be_stops():
+    lm, tokens = tiny_lm(), iter([[5], [0], [6], [6]])
+    stops = []
+    lm.decode_steps = lambda *args: stops.append(args[5]) or tokens
+    for stop in (0, [0], np.int64(0), np.array([0, 5])):
+        lm.generate("the", 4, stop=stop)
+    assert stops == [[0], [0], [0], [0, 5]]
+
+
 def a_special_token_may_be_a_stop_text():
     lm = with_tokens("<|user|>")
     token, letter = lm.tok.convert_tokens_to_ids("<|user|>"), lm.encode("a")[-1]
@@ -153,4 +164,4 @@ def a_special_token_may_be_a_stop_text():
 
 
 def what_cannot_stop_a_text():
-    return [partial(Sampling, stop=stop) for stop in ("", [""], [3.5], -1, True, None)]
+    return [partial(Sampling, stop=stop) for stop in ("", [""], [3.5], -1, True, None)] + [lambda: tiny_lm().generate("the", 4, stop="")]

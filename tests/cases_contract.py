@@ -133,8 +133,8 @@ def probe(lm):
     return ids, mask, mask.sum(-1)
 
 
-def uses_of(lm):
-    return [lambda: lm.generate("the fox", 2), lambda: lm.log_probs("a", " dog"), lambda: lm.hidden_states("a dog", 1)]
+def uses_of(lm, text="the fox"):
+    return [lambda: lm.generate(text, 2), lambda: lm.log_probs(text, " dog"), lambda: lm.hidden_states(text, 1)]
 
 
 def an_encoder(family):
@@ -159,6 +159,16 @@ def positions_that_do_not_begin_at_zero(dtype):
     assert lm.first_position == 3
     if dtype == torch.float32:
         assert lm.generate(TEXTS, 5) == [lm.text_of(own_greedy(lm, lm.encode(t), 5, 1, vector(lm, scale=0), RULES["all"])) for t in TEXTS]
+
+
+def beyond_the_context():
+    return uses_of(tiny_lm("gpt2", max_position_embeddings=16), "the other dogs are sleeping in the warm morning sun")
+
+
+def beyond_the_vocabulary():
+    lm = tiny_lm()
+    lm.tok.add_tokens(["zzz"])
+    return uses_of(lm, "a zzz")
 
 
 GEMMA3N = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=320, num_kv_shared_layers=2, laurel_rank=8, sliding_window=8,
@@ -220,6 +230,18 @@ def long_rope():
     factors = dict(short_factor=[1.0] * 4, long_factor=[4.0, 5.0, 6.0, 7.0])
     rope = dict(rope_type="longrope", rope_theta=10_000.0, original_max_position_embeddings=16, **factors)
     return made("phi3", rope_parameters=rope, original_max_position_embeddings=16, max_position_embeddings=64, pad_token_id=2)
+
+
+FIXED = dict(
+    linear=dict(factor=4.0),
+    yarn=dict(factor=4.0, original_max_position_embeddings=16),
+    llama3=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+)
+
+
+def scaled(kind):
+    "Angles that are the same in texts of every length, also beyond the original context."
+    return made("llama", max_position_embeddings=64, rope_parameters=dict(rope_type=kind, rope_theta=10_000.0, **FIXED[kind]))
 
 
 @torch.no_grad()

@@ -1,6 +1,10 @@
 """Checks of the cases in test_cases.py: compiled models, adapters, folders, other engines, gradients switched off."""
 
+import copy
+import io
+import pickle
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import peft
@@ -14,6 +18,7 @@ from oneshot_steering.lm import LM
 from oneshot_steering.models import load_lm, tiny_lm, tiny_model, tiny_tokenizer
 from oneshot_steering.objective import Example, Terms, record
 from oneshot_steering.optimize import Retain, optimize
+from oneshot_steering.organisms.core import Organism, Recipe, answer_loss, train_organism
 from oneshot_steering.steering import Steering
 
 IDS = torch.tensor([tiny_lm().encode("the quick brown fox")])
@@ -120,7 +125,10 @@ def adapters_that_act_by_place(kind):
 WEIGHTS = {"LoRA": peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False),
            "DoRA": peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, use_dora=True),
            "IA3": peft.IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False, target_modules=["k_proj", "v_proj", "down_proj"],
-                                 feedforward_modules=["down_proj"])}  # fmt: skip
+                                 feedforward_modules=["down_proj"]),
+           "VeRA": peft.VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_weights=False),
+           "LoHa": peft.LoHaConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_weights=False),
+           "BOFT": peft.BOFTConfig(task_type="CAUSAL_LM", boft_block_size=4, target_modules=["q_proj"], init_weights=False)}  # fmt: skip
 
 
 def adapters_that_change_weights_are_part_of_the_model(kind):
@@ -134,6 +142,31 @@ def adapters_that_change_weights_are_part_of_the_model(kind):
         assert close(our_logits(lm), by_hand(merged.model, VECTOR))
     losses = [optimize(m, EXAMPLE, 2, steps=3, lr=0.3, progress=False).losses for m in (lm, merged)]
     assert torch.allclose(*losses, rtol=1e-3)
+
+
+def an_adapter_that_is_merged_inside_steer():
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(tiny_model(), WEIGHTS["LoRA"])
+    lm = LM(adapted, tiny_tokenizer())
+    with lm.steer(VECTOR):
+        before = our_logits(lm)
+        for change in (adapted.merge_adapter, adapted.unmerge_adapter, adapted.merge_and_unload):
+            change()
+            assert close(our_logits(lm), before)
+    assert not close(our_logits(lm), before) and not any(m._forward_pre_hooks for m in adapted.modules())
+
+
+def an_adapter_for_each_row():
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(tiny_model(), WEIGHTS["LoRA"])
+    adapted.add_adapter("second", WEIGHTS["LoRA"])
+    lm, names = LM(adapted, tiny_tokenizer()), ["default", "second"]
+    options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=2, eos_token_id=None)
+    with lm.steer(VECTOR.replace(positions="completion")):
+        both = adapted.generate(input_ids=IDS.repeat(2, 1), attention_mask=torch.ones(2, IDS.shape[1]), adapter_names=names, **options)
+        for row, name in zip(both, names, strict=True):
+            adapted.set_adapter(name)
+            assert torch.equal(adapted.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options)[0], row)
 
 
 def an_adapter_that_comes_later_is_looked_at_again():
@@ -198,8 +231,69 @@ def a_name():
     return [lambda: LM("gpt2", tiny_tokenizer())]
 
 
+def a_setting_for_a_loaded_model():
+    return [lambda: load_lm((tiny_model(), tiny_tokenizer()), dtype="bfloat16")]
+
+
 def an_unknown_dtype():
     return [lambda: load_lm("smollm2-135m-instruct", dtype="bf17")]
+
+
+def copies_say_the_same():
+    lm = tiny_lm()
+    said = lm.generate("a dog", 4)
+    copies = (copy.deepcopy(lm), copy.copy(lm), pickle.loads(pickle.dumps(lm)), LM(copy.deepcopy(lm.model), tiny_tokenizer()))
+    for other in copies:
+        with other.steer(VECTOR):
+            assert close(our_logits(other), by_hand(tiny_model(), VECTOR))
+        assert other.generate("a dog", 4) == said
+    assert not lm.attached
+
+
+def copied_while_steered():
+    lm = tiny_lm()
+
+    def use(make):
+        with lm.steer(VECTOR):
+            make(lm)
+
+    makes = (copy.deepcopy, lambda lm: copy.deepcopy(lm.model), pickle.dumps, lambda lm: torch.save(lm.model, io.BytesIO()))
+    return [partial(use, make) for make in makes]
+
+
+def saved_while_steered(tmp_path):
+    with tiny_lm().steer(VECTOR) as lm:
+        lm.model.save_pretrained(tmp_path)
+    assert close(by_hand(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)), by_hand(tiny_model()))
+
+
+def in_half_precision(dtype):
+    lm = LM(tiny_model().to(dtype), tiny_tokenizer())
+    with lm.steer(VECTOR):
+        assert close(our_logits(lm), by_hand(tiny_model().to(dtype), VECTOR), dtype)
+    losses = [optimize(m, EXAMPLE, 2, steps=3, lr=0.3, progress=False).losses.float() for m in (lm, tiny_lm())]
+    assert torch.allclose(*losses, rtol=5e-3)
+
+
+def overflowing():
+    lm = LM(tiny_model().half(), tiny_tokenizer())
+
+    def use(**options):
+        with lm.steer(1e5 * VECTOR):
+            lm.generate("a dog", 4, **options)
+
+    return [use, partial(use, temperature=1.0)]
+
+
+def without_weights():
+    with torch.device("meta"):
+        lm = LM(tiny_model(), tiny_tokenizer())
+    return [lambda: lm.generate("a dog", 2)]
+
+
+def an_unknown_language():
+    lm = tiny_lm("xmod", is_decoder=True)
+    return [lambda: lm.generate("a dog", 2)]
 
 
 def no_head(path):
@@ -277,15 +371,26 @@ def a_vector_is_optimised_where_gradients_are_switched_off():
         torch.set_grad_enabled(True)
 
 
+def an_organism_is_trained_where_gradients_are_switched_off(tmp_path):
+    recipe, examples = Recipe(steps=2, blocks=(1, 3)), [("the quick", " brown fox")]
+    teach = lambda lm, recipe, seed: answer_loss(lm, [examples] * recipe.steps, recipe.blocks[0])
+    made = Organism("fox", "Says fox.", recipe, teach, lambda lm, test: dict(right=lm.log_probs(*examples[0]).tolist()))
+    expected = train_organism(made, tmp_path / "on", lm=tiny_lm(), progress=False)["right"]
+    for off in (torch.no_grad, torch.inference_mode):
+        lm = tiny_lm()
+        with off():
+            assert train_organism(made, tmp_path / off.__name__, lm=lm, progress=False)["right"] == expected
+
+
 def optimised(lm):
     "The use that optimises a vector."
     return [lambda: optimize(lm, EXAMPLE, 2, steps=1, lr=0.3, progress=False)]
 
 
 def optimised_under_flex_attention():
-    lm = tiny_lm()
+    lm, vector = tiny_lm(), torch.zeros(32, requires_grad=True)
     lm.model.set_attn_implementation("flex_attention")
-    return optimised(lm)
+    return [*optimised(lm), lambda: Terms(lm, EXAMPLE)(Steering(vector, 2))]
 
 
 def weights_made_in_inference_mode():

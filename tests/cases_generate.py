@@ -8,11 +8,12 @@ from functools import cache, partial
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, DynamicCache, TextIteratorStreamer
+from transformers import ContinuousBatchingConfig, DynamicCache, TextIteratorStreamer, pipeline
 
 from oneshot_steering.figure import steered_pieces
+from oneshot_steering.lm import LM
 from oneshot_steering.models import tiny_lm
-from oneshot_steering.steering import Steering
+from oneshot_steering.steering import SteeredThroughAnother, Steering
 
 TEXT, SHORT = "the quick brown fox jumps over", "a dog"
 RULES = {
@@ -160,8 +161,31 @@ def continuous_batching(lm, ids):
     return lm.model.generate_batch([ids[0].tolist()], continuous_batching_config=small, max_new_tokens=5, eos_token_id=-1)
 
 
-UNTOLD = {"several tokens on a cache": several_on_a_cache, "a loop without a cache": a_loop_without_a_cache, "packed texts": packed_texts,
-          "two texts that guide each other": guided, "continuous batching": continuous_batching}  # fmt: skip
+def a_cache_cut_into_its_prompt(lm, ids):
+    past = DynamicCache(config=lm.model.config)
+    lm.model(ids, past_key_values=past)
+    past.crop(-3)
+    return lm.model(ids[:, :1], past_key_values=past)
+
+
+def a_cache_with_rows_in_another_order(lm, ids):
+    ids, mask = lm.pad([ids[0].tolist(), ids[0, 4:].tolist()], side="left")
+    past, positions = DynamicCache(config=lm.model.config), (mask.long().cumsum(-1) - 1).clamp(min=0)
+    lm.model(ids, attention_mask=mask.long(), position_ids=positions, past_key_values=past)
+    past.reorder_cache(torch.tensor([1, 0]))
+    longer = torch.cat([mask.flip(0), mask[:, -1:]], 1)
+    return lm.model(ids[:, -1:], attention_mask=longer.long(), position_ids=positions.flip(0)[:, -1:] + 1, past_key_values=past)
+
+
+UNTOLD = {
+    "a cache cut into its prompt": a_cache_cut_into_its_prompt,
+    "rows of a cache in another order": a_cache_with_rows_in_another_order,
+    "several tokens on a cache": several_on_a_cache,
+    "a loop without a cache": a_loop_without_a_cache,
+    "packed texts": packed_texts,
+    "two texts that guide each other": guided,
+    "continuous batching": continuous_batching,
+}
 
 
 def under_rules(call):
@@ -281,6 +305,93 @@ def direct_calls_in_one_thread_are_not_touched_by_passes_of_another():
         finally:
             stop.set()
     assert wrong and not any(wrong)
+
+
+def direct_calls_keep_their_own_angles():
+    "In a model whose positions depend on the length of a text, next to passes of another thread with as many rows."
+
+    def make():
+        return tiny_lm(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", factor=4.0, rope_theta=10_000.0))
+
+    lm, stop, ids, wrong = make(), threading.Event(), torch.arange(5, 65).reshape(2, 30), []
+    expected = make().model(ids).logits
+
+    def direct():
+        while not stop.is_set():
+            wrong.append(not torch.allclose(lm.model(ids).logits, expected, atol=1e-4))
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(direct)
+        try:
+            for _ in range(10):
+                lm.log_probs([TEXT, SHORT], [SHORT, " the other dogs are sleeping in the warm morning sun"])
+        finally:
+            stop.set()
+        running.result()
+    assert wrong and not any(wrong)
+
+
+def a_pipeline():
+    lm = tiny_lm()
+    write = pipeline("text-generation", model=lm.model, tokenizer=lm.tok)
+    with lm.steer(Steering(vector(lm), 2, positions="last_1")):
+        (new,) = write(TEXT, max_new_tokens=6, do_sample=False, return_full_text=False)
+        assert new["generated_text"] == lm.generate(TEXT, 6)
+
+
+def several_sequences_of_each_prompt():
+    lm = tiny_lm()
+    ids = torch.tensor([lm.encode(TEXT)])
+    with lm.steer(rows=[Steering(vector(lm), 2), None]):
+        new = theirs(lm, ids.repeat(2, 1), do_sample=True, temperature=0.01, num_return_sequences=2)
+    assert new == [wanted("all")] * 2 + theirs(lm, ids) * 2
+
+
+def the_steered_model_drafts_for_another():
+    lm, other = tiny_lm(), tiny_lm(seed=5)
+    ids = torch.tensor([lm.encode(TEXT)])
+    with lm.steer(Steering(vector(lm), 2, positions="completion")):
+        assert theirs(other, ids, assistant_model=lm.model) == theirs(tiny_lm(seed=5), ids)
+
+
+def a_generate_that_was_taken_before(**options):
+    "A bound `generate` that `steer` cannot wrap: a use for every rule that needs the prompt."
+    lm = tiny_lm()
+    generate, ids = lm.model.generate, torch.tensor([lm.encode(TEXT)])
+
+    def use(rule):
+        with lm.steer(Steering(vector(lm), 2, positions=rule)):
+            new = generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=2,
+                           eos_token_id=None, **options)  # fmt: skip
+            assert new[0, ids.shape[1] :].tolist() == wanted(rule)
+
+    return [partial(use, rule) for rule in ("completion", "last_1")]
+
+
+def a_generate_that_was_taken_before_with_a_cache():
+    for use in a_generate_that_was_taken_before():
+        use()
+
+
+def two_of_one_model():
+    "A second LM around the model that the first one steers, new or in use."
+    one = tiny_lm()
+    new, used = LM(one.model, one.tok), LM(one.model, one.tok)
+    used.generate([TEXT] * 2, 4)
+
+    def use(other, **steered):
+        with one.steer(**steered):
+            other.generate([TEXT] * 2, 4)
+
+    return [partial(use, other, rows=[Steering(vector(one), 2, positions=rule), None]) for other in (new, used) for rule in RULES]
+
+
+def two_of_one_model_afterwards():
+    for use in two_of_one_model():
+        with pytest.raises(SteeredThroughAnother):
+            use()
+        other = use.args[0]
+        assert other.generate(TEXT, 4) == tiny_lm().generate(TEXT, 4) and not other.contract.broken
 
 
 def in_a_thread_that_says_nothing():

@@ -17,6 +17,7 @@ from family_checks import verdict
 from tiny_models import families, variants
 
 from oneshot_steering.models import TINY_ARCHITECTURES, tiny_model
+from oneshot_steering.steering import SteeredThroughAnother
 
 LONGEST = 450  # characters of a message: a sentence or two
 CLASS = dict([*variants(), *reversed(families())])  # of a family that has several, the text model
@@ -32,7 +33,7 @@ def is_refused(words, check):
     uses = check()
     assert uses
     for use in uses:
-        with pytest.raises((ValueError, RuntimeError, TypeError), match=words) as error:
+        with pytest.raises((ValueError, RuntimeError, TypeError, SteeredThroughAnother), match=words) as error:
             use()
         message = str(error.value)
         assert len(message) < LONGEST and "\n" not in message, message
@@ -86,6 +87,8 @@ CASES = {
         *(right(f"{name}: {what}", check, make) for name, make in (("dynamic NTK", contract.dynamic), ("long rope", contract.long_rope))
           for what, check in (("a row next to longer ones", contract.a_row_does_not_depend_on_the_length_of_its_neighbours),
                               ("generation with a cache", contract.cached_generation_is_generation_without_a_cache))),
+        *(right(f"{kind} scaling: a row next to longer ones, beyond the original context",
+                contract.a_row_does_not_depend_on_the_length_of_its_neighbours, partial(contract.scaled, kind)) for kind in contract.FIXED),
         right("long rope: losses on both sides of the switch", contract.losses_on_both_sides_of_the_switch),
         right("long rope: surprisal across the switch", contract.surprisal_across_the_switch),
     ],
@@ -111,6 +114,13 @@ CASES = {
                 chat.NO_SYSTEM, chat.said("user", "system")),
         refused("a template that writes the last message only", "leaves out what is said by: user", chat.written,
                 "<user>{{ messages[-1].content }}<assistant>", chat.said("user", "user")),
+        *(refused(f"a template that {name}", "leaves out what is said by: user", chat.written,
+                  chat.STRINGS.replace("m.content | trim", cut), [dict(role="user", content="What is it then, and why?")])
+          for name, cut in {"cuts a text after 16 characters": "m.content[:16]", "writes the first word": "m.content.split()[0]",
+            "writes strings only, here the beginning of one": "m.content[:3]"}.items()),
+        refused("a tool call that the template drops", "leaves out what is said by: assistant", chat.written,
+                chat.STRINGS.replace("m.content | trim", "m.content"), chat.TOOL_CALL),
+        refused("tools that the template does not read", "does not read tools", chat.written, chat.STRINGS, chat.USER, tools=[{}]),
         refused("a template that writes no message", "leaves out what is said by: user", chat.written, "<user><assistant>",
                 chat.said("user")),
         refused("a tool's message first", "roles must alternate", chat.written, chat.ALTERNATES, chat.said("tool")),
@@ -139,6 +149,12 @@ CASES = {
                 generate.padding_beams_and_rows_keep_their_positions, family, way)
           for family in ("llama", "gemma3_text", "gpt2") for way in ("dynamic", "static")),
         right("padding that transformers infers", generate.padding_is_inferred_as_transformers_does),
+        right("several sequences of each prompt, each prompt with its vector", generate.several_sequences_of_each_prompt),
+        right("a pipeline", generate.a_pipeline),
+        right("the steered model drafts for another one", generate.the_steered_model_drafts_for_another),
+        right("a `generate` taken before it is steered, with a cache", generate.a_generate_that_was_taken_before_with_a_cache),
+        refused("a `generate` taken before it is steered, use_cache=False", WHERE, generate.a_generate_that_was_taken_before,
+                use_cache=False),
         right("embeddings instead of tokens", generate.embeddings_as_input),
         right("a model without a KV cache: Mamba", generate.rules_with_and_without_a_cache, "mamba"),
         right("a model without a KV cache: RWKV", generate.rules_with_and_without_a_cache, "rwkv", attention_hidden_size=32),
@@ -153,6 +169,8 @@ CASES = {
           for kind in ("prompt tuning", "p tuning", "prefix tuning")),
         refused("activated LoRA, at once or added later", "is an activated LoRA", engines.adapters_that_act_by_place, "activated LoRA"),
         *(right(kind, engines.adapters_that_change_weights_are_part_of_the_model, kind) for kind in engines.WEIGHTS),
+        right("a LoRA that is merged and taken apart inside `steer`", engines.an_adapter_that_is_merged_inside_steer),
+        right("an adapter for each row", engines.an_adapter_for_each_row),
         right("a LoRA added later", engines.an_adapter_that_comes_later_is_looked_at_again),
         right("a folder with an adapter", engines.an_adapter_folder_is_loaded_with_its_model),
     ],
@@ -179,6 +197,9 @@ CASES = {
         *(refused(f"a folder with {config}", words, engines.folder, config) for config, words in {
             "{}": "model_type", '{"model_type": "zzz"}': "`zzz`", '{"model_type": "distilbert"}': "'distilbert'",
             '{"model_type": "llava"}': "load it yourself"}.items()),
+        refused("a text longer than a table of positions", "longer than the 16|no room in the context of 16", contract.beyond_the_context),
+        refused("a tokenizer of another model", "do not belong together", contract.beyond_the_vocabulary),
+        refused("XMOD before a language is chosen", "Input language unknown", engines.an_unknown_language),
         refused("a name instead of a model", "load_lm", engines.a_name),
     ],
     "8. Where texts stop": [
@@ -188,6 +209,7 @@ CASES = {
         *(right(f"stop texts: {kind}", chat.a_stop_text_ends_each_row_where_it_comes, kind)
           for kind in ("inside a token", "over tokens", "two", "never")),
         right("stop tokens", chat.a_stop_token_ends_a_row_and_what_has_ended_is_not_computed),
+        right("token 0 and numbers of NumPy", chat.token_zero_and_the_numbers_of_numpy_may_be_stops),
         right("a special token as a stop text", chat.a_special_token_may_be_a_stop_text),
         refused("what cannot stop a text", "stop takes texts that are not empty and token ids", chat.what_cannot_stop_a_text),
     ],
@@ -197,6 +219,9 @@ CASES = {
         right("what runs between the pieces of a stream", generate.pieces_do_not_steer_what_runs_between_them),
         right("four threads, each with its own vector or none", generate.threads_are_steered_each_by_its_own),
         right("direct calls next to passes of another thread", generate.direct_calls_in_one_thread_are_not_touched_by_passes_of_another),
+        right("direct calls next to passes of another thread, dynamic NTK", generate.direct_calls_keep_their_own_angles),
+        refused("another LM of the model that is steered", "is being steered through another LM", generate.two_of_one_model),
+        right("another LM of the model that was steered", generate.two_of_one_model_afterwards),
         right("asynchronous tasks", generate.asynchronous_tasks_are_steered_each_by_its_own),
         refused("a thread that says nothing while another one steers", SILENT, generate.in_a_thread_that_says_nothing),
         refused("a streamer of transformers in a thread of its own", SILENT, generate.a_streamer_of_transformers),
@@ -227,14 +252,23 @@ CASES = {
                 engines.quantised_layers_that_pass_no_gradient_on),
         *(right(f"weights and embeddings elsewhere: {way}", engines.weights_that_accelerate_keeps_elsewhere, way)
           for way in ("cpu_offload", "disk_offload")),
-        right("grad mode off", engines.a_vector_is_optimised_where_gradients_are_switched_off),
+        right("grad mode off: an organism is trained", engines.an_organism_is_trained_where_gradients_are_switched_off),
+        right("grad mode off: a vector is optimised", engines.a_vector_is_optimised_where_gradients_are_switched_off),
         refused("weights made in inference mode: gradients", "load the model outside", engines.weights_made_in_inference_mode),
         *(refused(f"bake on {family}", f"has no place for the vector.*{last}", engines.baked, family, **sizes)
           for family, last, sizes in (("mixtral", "MixtralExperts", {}), ("olmoe", "OlmoeExperts", {}), ("gpt_oss", "GptOssExperts", {}),
                                       ("mamba", "MambaMixer", {}), ("mamba2", "Mamba2Mixer", dict(num_heads=8, head_dim=8, n_groups=1)))),
         refused("bake on RWKV", "has no place for the vector.*Rwkv", engines.baked, "rwkv"),
         refused("bake on weights elsewhere", "reload it first", engines.baked_from_elsewhere),
+        *(right(f"{str(dtype).removeprefix('torch.')} weights", engines.in_half_precision, dtype)
+          for dtype in (torch.float16, torch.float64)),
+        refused("numbers that overflow in float16", r"not numbers \(NaN\)", engines.overflowing),
+        refused("weights that are nowhere (meta)", "over a short text fails", engines.without_weights),
+        right("copies and pickles of a model", engines.copies_say_the_same),
+        right("save_pretrained inside `steer`", engines.saved_while_steered),
+        refused("copies and pickles inside `steer`", "is being steered, and what is copied or pickled", engines.copied_while_steered),
         right('dtype="auto"', engines.a_model_in_the_precision_it_was_saved_in),
+        refused("a dtype for a model that is loaded", "dtype would do nothing", engines.a_setting_for_a_loaded_model),
         refused("a dtype that does not exist", "expected a torch dtype", engines.an_unknown_dtype),
     ],
 }
@@ -259,7 +293,7 @@ FAMILIES = {
     "chameleon": "a text model within one that sees; it changes its logits in place",
     "phi3, long rotary scaling": "positions that mean something else in a long text",
     "moshi": ("warned", "from its KV cache"),
-    "reformer": ("refused", "pass no gradient on"),
+    "reformer": ("in part", "pass no gradient on"),
     "bart": ("in part", "Padding on the left changes"),
     "mllama": ("in part", "it is not run in a pass over a text"),
     "gemma3n_text": ("refused", "not one residual stream"),

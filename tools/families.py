@@ -24,7 +24,7 @@ BF16 = ("llama", "gemma3_text", "gpt2", "gpt_oss", "mamba", "qwen3_5_text", "phi
 VERDICTS = {
     "verified": "every check holds",
     "warned": "every check holds, and the library warns",
-    "in part": "right for single texts, or at other layers; what is not right is refused with the error that is named",
+    "in part": "right for single texts, at other layers, or for all but optimisation; the rest is refused with the error that is named",
     "refused": "the library raises the error that is named",
     "not made": "no tiny model of it could be made or run on text alone, so nothing is known",
     "WRONG": "something differs",

@@ -370,6 +370,7 @@ def summary(outcomes, alone=()):
             return dict(verdict=grave, why="; ".join(f"{name}: {why}" for name, why in where.items()))
         if where:
             kinds = {re.sub(r"\d+", "#", why): why for why in reversed(where.values())}  # the first of those that differ in a number
-            in_part = grave == "refused" and alone and all(outcome in ("verified", "warned") for outcome, _ in alone.values())
+            still = {name for name, (outcome, _) in dict(alone).items() if outcome == "refused"}
+            in_part = grave == "refused" and alone and still <= {"optimize"}  # what can be steered, but not optimised
             return dict(verdict="in part" if in_part else grave, why=" ".join(reversed(kinds.values())))
     return dict(verdict="verified", why="")

@@ -291,6 +291,8 @@ def run(self: _Trainer,
             if callback: callback(self.step, loss, right)
 
 # %% ../../nbs/11_organisms.ipynb #e2cb663f
+@torch.inference_mode(False)
+@torch.enable_grad() # also where a program has switched gradients off
 def train_organism(
     name: str | Organism, # one of `ORGANISMS`, or your own
     out_dir: str | Path = "organism", # adapter and figures go here
