@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from . import rotary # noqa: F401 shortcuts are for passes that are right
 from .contract import some_tokens
 from .lm import LM, Pass, block_arguments, block_input, can_select_rows, in_this_thread
+from .products import fast_products
 
 # %% auto #0
 __all__ = ['TokenTree', 'tree_attention']
@@ -73,23 +74,24 @@ def can_resume(self: LM) -> bool:
     "Whether `resume` gives this model's own logits; found out on first use."
     return self.trusted("resume")
 
-def _in_parts(lm: LM, layers: Sequence[int], ids: Tensor, mask: Tensor, attention: Tensor | None = None) -> Tensor: # logits everywhere
-    "A pass that ends at each of some layers, the lowest first, and goes on from the states there."
+def _in_parts(lm: LM, layers: Sequence[int], ids: Tensor, mask: Tensor, keep: tuple, attention: Tensor | None = None) -> Tensor: # logits
+    "A pass that ends at each of some layers, the lowest first, and goes on from the states there; logits at (rows, columns)."
     def count(module, args, output): lm.block_outputs = len(output) if isinstance(output, tuple) else 0
-    lengths, resumed, rows = mask.sum(-1), nullcontext(), mask.nonzero(as_tuple=True)
+    lengths, resumed = mask.sum(-1), nullcontext()
     handle = lm.layers[0].register_forward_hook(in_this_thread(count))
     try:
         for layer in layers:
             with resumed: states = lm.states_at(layer, ids, mask, lengths, attention=attention)
             resumed = lm.resume(layer, states)
-        with resumed: return lm.run(ids, mask, lengths, keep=rows, attention=attention).logits
+        with resumed: return lm.run(ids, mask, lengths, keep=keep, attention=attention).logits
     finally: handle.remove()
 
 def _tried(lm: LM) -> list[int]: return sorted({1, lm.n_layers // 2, lm.n_layers - 1} & set(range(lm.n_layers)))
 
 def _compare_resumed(lm: LM, length: int, layer: int | None = None) -> list[tuple[Tensor, Tensor]]:
     ids, mask = lm.pad([some_tokens(lm, length)])
-    return [(_in_parts(lm, _tried(lm) if layer is None else [layer], ids, mask), lm.run(ids, mask, mask.sum(-1)).logits[0])]
+    resumed = _in_parts(lm, _tried(lm) if layer is None else [layer], ids, mask, mask.nonzero(as_tuple=True))
+    return [(resumed, lm.run(ids, mask, mask.sum(-1)).logits[0])]
 
 _COMPARISONS["resume"] = _compare_resumed
 
@@ -173,10 +175,12 @@ def try_shortcuts(self: LM,
     "Whether packed rows, resumed at several blocks, give these logits; then both shortcuts are trusted."
     if not self.use_shortcuts: return False
     row = TokenTree()
-    columns = [row.add(text) for text in texts][-1]
+    last = torch.tensor([row.add(text) for text in texts][-1][-3:], device=self.device)
     ids, mask = torch.tensor([row.ids], device=self.device), torch.ones(1, len(row.ids), dtype=torch.bool, device=self.device)
     attention = tree_attention([row], len(row.ids)).to(ids.device)
-    agrees = self.agrees(lambda: [(_in_parts(self, _tried(self), ids, mask, attention)[columns], logits)])
+    keep = torch.zeros_like(last), last # few, as a loss does; a head that mixes tokens is seen by that
+    with fast_products(self): # once for all parts
+        agrees = self.agrees(lambda: [(_in_parts(self, _tried(self), ids, mask, keep, attention), logits[-3:])])
     if agrees: self.shortcuts.update({"resume": True, "tree attention": True})
     return agrees
 

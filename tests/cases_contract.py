@@ -151,6 +151,65 @@ def with_head(inputs, outputs):
     return uses_of(lm)
 
 
+class Mixing(torch.nn.Linear):
+    "A head in which what it gives a token depends on the other tokens that it is given."
+
+    def forward(self, h):
+        return super().forward(h) + h.mean((1, 2), keepdim=True) * torch.arange(self.out_features)
+
+
+def a_head_that_mixes_tokens():
+    lm = tiny_lm()
+    lm.model.lm_head = Mixing(32, 320, bias=False)
+    return uses_of(LM(lm.model, tiny_tokenizer(), name="a tiny Llama whose head mixes tokens"))
+
+
+def weights_that_are_no_numbers():
+    lm = tiny_lm()
+    with torch.no_grad():
+        lm.layers[1].mlp.down_proj.weight[3, 3] = torch.nan
+    return uses_of(lm)
+
+
+def in_training_mode():
+    lm = LM(tiny_model("gpt2"), tiny_tokenizer(), name="a tiny GPT-2")
+    lm.log_probs("the fox", " is")
+    lm.model.train()
+    return uses_of(lm)
+
+
+def in_training_mode_without_dropout():
+    lm = tiny_lm()
+    before = lm.log_probs("the fox", " is")
+    lm.model.train()
+    torch.testing.assert_close(lm.log_probs("the fox", " is"), before)
+
+
+def products_of_less_precision(precision, bound):
+    lm, before = tiny_lm(), torch.get_float32_matmul_precision()
+    lm.ready()
+    mark = lm.checked_as
+    try:
+        torch.set_float32_matmul_precision(precision)
+        lm.ready()
+        assert lm.tolerance == bound and lm.checked_as != mark
+    finally:
+        torch.set_float32_matmul_precision(before)
+    lm.ready()
+    assert lm.tolerance == 1e-3 and lm.checked_as == mark
+
+
+def a_comparison_that_runs_out_of_memory():
+    lm = tiny_lm()
+
+    def compare():
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        lm.verified("a shortcut", compare)
+    assert "a shortcut" not in lm.shortcuts
+
+
 def positions_that_do_not_begin_at_zero(dtype):
     lm = made("roberta", is_decoder=True, pad_token_id=2, max_position_embeddings=64)
     lm.model.to(dtype)

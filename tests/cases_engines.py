@@ -123,6 +123,8 @@ def adapters_that_act_by_place(kind):
 
 
 WEIGHTS = {"LoRA": peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False),
+           "LoRA on the embeddings": peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False,
+                                                     target_modules=["embed_tokens", "q_proj"]),
            "DoRA": peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, use_dora=True),
            "IA3": peft.IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False, target_modules=["k_proj", "v_proj", "down_proj"],
                                  feedforward_modules=["down_proj"]),

@@ -197,6 +197,7 @@ CASES = {
         *(refused(f"a folder with {config}", words, engines.folder, config) for config, words in {
             "{}": "model_type", '{"model_type": "zzz"}': "`zzz`", '{"model_type": "distilbert"}': "'distilbert'",
             '{"model_type": "llava"}': "load it yourself"}.items()),
+        refused("a head that mixes tokens", "is not causal", contract.a_head_that_mixes_tokens),
         refused("a text longer than a table of positions", "longer than the 16|no room in the context of 16", contract.beyond_the_context),
         refused("a tokenizer of another model", "do not belong together", contract.beyond_the_vocabulary),
         refused("XMOD before a language is chosen", "Input language unknown", engines.an_unknown_language),
@@ -263,6 +264,12 @@ CASES = {
         *(right(f"{str(dtype).removeprefix('torch.')} weights", engines.in_half_precision, dtype)
           for dtype in (torch.float16, torch.float64)),
         refused("numbers that overflow in float16", r"not numbers \(NaN\)", engines.overflowing),
+        refused("a weight that is no number", "are NaN on a short text", contract.weights_that_are_no_numbers),
+        refused("training mode with dropout", r"call lm\.model\.eval\(\) first", contract.in_training_mode),
+        right("training mode without dropout", contract.in_training_mode_without_dropout),
+        *(right(f"products in {precision!r} precision", contract.products_of_less_precision, precision, bound)
+          for precision, bound in dict(high=1e-2, medium=4e-2).items()),
+        right("a comparison that runs out of memory is no verdict", contract.a_comparison_that_runs_out_of_memory),
         refused("weights that are nowhere (meta)", "over a short text fails", engines.without_weights),
         right("copies and pickles of a model", engines.copies_say_the_same),
         right("save_pretrained inside `steer`", engines.saved_while_steered),
