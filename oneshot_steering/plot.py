@@ -191,8 +191,9 @@ def plot_refusals(
     ax: Axes | None = None, # draw here
 ) -> Axes:
     "The share refused of every set of prompts, and the share that is right where that is known, against strength."
-    table = rates(answers[["prompts", "strength", "refuses", "right"]], ["prompts", "strength"]).reset_index()
-    table = table.rename(columns=dict(prompts="vector"))[::-1]
+    columns = ["prompts", "strength", "refuses", "right"]
+    table = rates(_flat(answers, *columns)[columns], columns[:2]).reindex(columns=["refuses", "refuses low", "refuses high", "right"])
+    table = table.reset_index().rename(columns=dict(prompts="vector"))[::-1]
     ax = plot_strengths(table, "refuses", "share of answers", chosen, ax=ax)
     for name, part in table.dropna(subset="right").groupby("vector"):
         ax.plot(part.strength, part.right, color="black", ls=":", marker=".", label=f"{name}: right")

@@ -49,6 +49,8 @@ class Study:
         if scale not in scales: raise ValueError(f"scale={scale!r}: expected {', '.join(map(repr, scales))}.")
         flat = {key: _flat(name, groups) for key, groups in scales.items()}
         uneven = {key for each in flat.values() for key in each} - set.intersection(*map(set, flat.values()))
+        if taken := [key for key in flat[scale] if hasattr(Study, key)]:
+            raise ValueError(f"{name}: a setting cannot be called {taken[0]!r}, which is something else of a study.")
         if uneven: raise ValueError(f"{name}: not every scale sets {', '.join(sorted(uneven))}.")
         if unknown := set(settings or {}) - set(flat[scale]):
             given, possible = ', '.join(sorted(unknown)), ', '.join(flat[scale])

@@ -42,6 +42,8 @@ square = pd.DataFrame([[nan, -1.0], [2.0, 0.5]], ["one", "two"], ["one", "two"])
 graded = pd.DataFrame(dict(vector=["v", "v", "w"], aligned=[10.0, 90, None], coherent=[90.0, 20, 80]))
 bits = pd.DataFrame({"median": [3.0, 5], "low": [2, 4], "high": [4, 7]}, ["real", "made up"])
 
+refused = pd.DataFrame([dict(prompts=kind, strength=strength, refuses=i < 2 * strength, right=nan if kind == "bad" else i > 0)
+                        for kind in ("bad", "everyday") for strength in (0.0, 1.0) for i in range(3)])
 claims = pd.DataFrame(dict(claim=["it acts", "it is rare", "it has no number"], holds=["holds", "does not hold", "holds"],
                            value=[0.9, 0.2, nan], low=[0.8, nan, nan], high=[1.0, nan, nan], reported=[0.95, 0.0, nan]))
 
@@ -57,6 +59,7 @@ CASES = {  # name -> (what is drawn first, further arguments)
     "plot_judged": (graded, {}),
     "plot_surprisal": ({"without": bits, "behind examples": bits}, dict(reported=dict(real=2.0))),
     "plot_claims": (claims, {}),
+    "plot_refusals": (refused, dict(chosen=1.0)),
     "plot_tokens": (plain, dict(after=steered, title="Why is it $5_x?")),
 }
 TABLES = {name: case for name, case in CASES.items() if isinstance(case[0], pd.DataFrame)}
@@ -158,7 +161,7 @@ def test_an_empty_table_and_a_missing_column_are_refused(name):
 def test_a_row_and_what_is_missing_are_drawn(name, rows):
     table = TABLES[name][0]
     draw(name, table.head(rows))
-    numbers = table.select_dtypes("number").columns.difference(["layer", "vector"])
+    numbers = table.select_dtypes("number").columns.difference(["layer", "vector", "strength"])
     draw(name, table.assign(**dict.fromkeys(numbers, nan)))[0].figure.canvas.draw()
 
 
