@@ -192,7 +192,8 @@ def plot_refusals(
 ) -> Axes:
     "The share refused of every set of prompts, and the share that is right where that is known, against strength."
     columns = ["prompts", "strength", "refuses", "right"]
-    table = rates(_flat(answers, *columns)[columns], columns[:2]).reindex(columns=["refuses", "refuses low", "refuses high", "right"])
+    table = rates(_flat(answers, *columns)[columns], columns[:2])
+    table = table.reindex(columns=["refuses", "refuses low", "refuses high", "right"])
     table = table.reset_index().rename(columns=dict(prompts="vector"))[::-1]
     ax = plot_strengths(table, "refuses", "share of answers", chosen, ax=ax)
     for name, part in table.dropna(subset="right").groupby("vector"):

@@ -212,6 +212,11 @@ def check_mid_stream(page):
     assert int(steered(page).get_attribute("data-run")) == run_of(page) > first + 1
 
 
+def set_length(page, tokens):
+    page.locator(".oneshot-length input").fill(str(tokens))
+    page.keyboard.press("Enter")
+
+
 def check_prompt(page):
     text = settled(page)
     page.locator(".oneshot-prompt textarea").first.fill("Dogs and cats")
@@ -430,7 +435,7 @@ def logged(log, text, seconds=90):
 
 @pytest.fixture(scope="module")
 def dashboard(browser, tmp_path_factory):
-    folder, lm = tmp_path_factory.mktemp("dashboard"), tiny_lm()
+    folder, lm = tmp_path_factory.mktemp("dashboard"), tiny_lm(max_position_embeddings=2048)
     for part in (lm.model, lm.tok):
         part.save_pretrained(folder / "tiny")
     torch.manual_seed(0)
@@ -469,9 +474,9 @@ def test_dashboard(dashboard):
 
 
 def test_dashboard_change_in_mid_stream(dashboard):
-    dashboard.locator(".oneshot-length input").fill("300")  # long enough to be changed on the way
-    dashboard.keyboard.press("Enter")
+    set_length(dashboard, 1000)  # long enough to be changed on the way
     check_mid_stream(dashboard)
+    set_length(dashboard, 40)
 
 
 def test_dashboard_type_a_prompt_and_pick_one(dashboard):
