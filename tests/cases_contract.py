@@ -152,16 +152,37 @@ def with_head(inputs, outputs):
 
 
 class Mixing(torch.nn.Linear):
-    "A head in which what it gives a token depends on the other tokens that it is given."
+    "A head in which what it gives a token depends on other tokens that it is given: on all of them, or on the earlier ones."
+
+    def __init__(self, earlier):
+        super().__init__(32, 320, bias=False)
+        self.earlier = earlier
 
     def forward(self, h):
-        return super().forward(h) + h.mean((1, 2), keepdim=True) * torch.arange(self.out_features)
+        each = h.mean(2, keepdim=True)
+        mixed = each.cumsum(1) if self.earlier else each.mean(1, keepdim=True)
+        return super().forward(h) + mixed * torch.arange(self.out_features)
 
 
-def a_head_that_mixes_tokens():
+def with_mixing_head(earlier):
     lm = tiny_lm()
-    lm.model.lm_head = Mixing(32, 320, bias=False)
-    return uses_of(LM(lm.model, tiny_tokenizer(), name="a tiny Llama whose head mixes tokens"))
+    torch.manual_seed(0)
+    lm.model.lm_head = Mixing(earlier).requires_grad_(False)
+    return LM(lm.model, tiny_tokenizer(), name="a tiny Llama whose head mixes tokens")
+
+
+def a_head_that_mixes_in_later_tokens():
+    return uses_of(with_mixing_head(earlier=False))
+
+
+def a_head_that_mixes_in_earlier_tokens():
+    lm, completion = with_mixing_head(earlier=True), " jumps"
+    start = len(lm.encode(TEXTS[0]))
+    ids = lm.encode(TEXTS[0]) + lm.tok.encode(completion, add_special_tokens=False)
+    own = own_pass(lm, ids, 0)[0].log_softmax(-1)
+    expected = sum(own[i - 1, ids[i]] for i in range(start, len(ids))).item()
+    assert sum(lm.log_probs(TEXTS[0], completion)) == pytest.approx(expected, rel=1e-3)
+    assert not lm.few_logits and not lm.can_pack
 
 
 def weights_that_are_no_numbers():

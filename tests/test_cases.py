@@ -197,7 +197,8 @@ CASES = {
         *(refused(f"a folder with {config}", words, engines.folder, config) for config, words in {
             "{}": "model_type", '{"model_type": "zzz"}': "`zzz`", '{"model_type": "distilbert"}': "'distilbert'",
             '{"model_type": "llava"}': "load it yourself"}.items()),
-        refused("a head that mixes tokens", "is not causal", contract.a_head_that_mixes_tokens),
+        refused("a head that mixes in later tokens", "is not causal", contract.a_head_that_mixes_in_later_tokens),
+        right("a head that mixes in earlier tokens", contract.a_head_that_mixes_in_earlier_tokens),
         refused("a text longer than a table of positions", "longer than the 16|no room in the context of 16", contract.beyond_the_context),
         refused("a tokenizer of another model", "do not belong together", contract.beyond_the_vocabulary),
         refused("XMOD before a language is chosen", "Input language unknown", engines.an_unknown_language),
