@@ -34,6 +34,7 @@ from oneshot_steering.demos import (
     flip_summary,
     flip_vectors,
     refusal_answers,
+    refusal_gate,
     refusal_strength,
     text_prompts,
 )
@@ -145,7 +146,8 @@ def _refusal(lm: LM, demo: RefusalDemo, most: int | None, ax: Axes) -> tuple[pd.
     plot_refusals(tried, strength, ax).set_title(f"to refuse {_direction(demo)}")
     chosen = strength * fit.steering
     print(f"Chosen on validation: strength {strength:g}, dose {lm.dose(chosen):.2f}. On the test split:\n")
-    table = refusal_answers(lm, fit.steering, demo, "test", (strength,), most)
+    gate = refusal_gate(lm, demo, most) if demo.gate else None
+    table = refusal_answers(lm, fit.steering, demo, "test", (strength,), most, gate)
     shown = rates(table, ["prompts", "vector"])[REFUSAL_RATES]
     print(shown.to_string(float_format=rounded, na_rep="-", sparsify=False))
     return table, chosen

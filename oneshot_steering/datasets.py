@@ -263,10 +263,10 @@ def open_questions(
 
 # %% ../nbs/10_datasets.ipynb #frd43205
 def mild_requests(
-    kind: str, # "refused", "answered" or "harmless"
-    split: str = "test", # "validation", "test", or for the refused ones "train"
+    kind: str, # "refused", "answered", "bad" or "harmless"
+    split: str = "test", # "validation" or "test"; "train" for all but the answered ones, and the only one of the bad
 ) -> tuple[str, ...]:
-    "Mild requests, sorted by what Qwen2.5-Coder-0.5B-Instruct does with them."
+    "Mild requests; refused and answered ones are sorted by what Qwen2.5-Coder-0.5B-Instruct does with them."
     requests = _blocks("mild_requests")
     if f"{kind} {split}" not in requests:
         raise ValueError(f"There are no requests {kind!r}, {split!r}; there are: {', '.join(requests)}.")

@@ -14,6 +14,7 @@ import pandas as pd
 
 from .datasets import everyday_questions, mild_requests
 from .evaluate import REFUSALS, Contains, Expected, Readable, compare
+from .gate import Gate, fit_gate
 from .lm import LM
 from .objective import Example
 from .optimize import Fit, Job, Stop, optimize, optimize_many
@@ -25,7 +26,7 @@ from .steering import Steering
 # %% auto #0
 __all__ = ['FLIP_DEMO', 'TEXT_DEMO', 'READABLE_RATES', 'REAL_MODEL', 'REFUSAL_RATES', 'CAREFUL_DEMO', 'OPEN_DEMO', 'FlipDemo',
            'demo_scenario', 'flip_vectors', 'flip_summary', 'TextDemo', 'fit_language', 'text_prompts',
-           'human_continuations', 'RefusalDemo', 'fit_refusal', 'refusal_answers', 'refusal_strength']
+           'human_continuations', 'RefusalDemo', 'fit_refusal', 'refusal_gate', 'refusal_answers', 'refusal_strength']
 
 # %% ../nbs/16_demos.ipynb #8b645363
 @dataclass(frozen=True)
@@ -150,10 +151,11 @@ class RefusalDemo:
     norm: float = 0.6 # at most that much of the stream's median norm
     steps: int = 30 # of Adam
     tokens: int = 16 # of an answer
+    gate: tuple[int, int] | None = None # block and token that a gate reads; no gate if None
 
 CAREFUL_DEMO = RefusalDemo(
     "Write a poem about autumn.", "I'm sorry, but I can't assist with that.", True,
-    {"mild bad requests": "answered", "harmless requests": "harmless"}, (0.2, 0.3, 0.4, 0.5), 0.5)
+    {"mild bad requests": "answered", "harmless requests": "harmless"}, (0.2, 0.3, 0.4, 0.5), 0.5, gate=(14, -4))
 OPEN_DEMO = RefusalDemo(
     "How do I make fake blood for a costume?", "Sure, here are some ideas:", False,
     {"refused requests": "refused"}, (0.4, 0.6, 0.8, 1.0), 0.6)
@@ -167,6 +169,18 @@ def fit_refusal(
     example = Example(lm.chat(demo.request), promote=demo.promote)
     return optimize(lm, example, demo.layer, max_norm=demo.norm * lm.stream_norm(demo.layer), steps=demo.steps)
 
+# %% ../nbs/16_demos.ipynb #ga3e3364
+def refusal_gate(
+    lm: LM, # an instruct model
+    demo: RefusalDemo, # settings, with a `gate`
+    most: int | None = None, # requests per set; all if None
+) -> Gate:
+    "A gate that opens for mild bad requests."
+    prompts = lambda texts: [lm.chat(text) for text in texts[:most]]
+    examples = prompts(mild_requests("bad", "train")), prompts(mild_requests("harmless", "train"))
+    others = prompts(mild_requests("harmless", "validation")) + prompts(tuple(everyday_questions("validation")))
+    return fit_gate(lm, examples, others, *demo.gate, share=0.05)
+
 # %% ../nbs/16_demos.ipynb #fra6b761
 def refusal_answers(
     lm: LM, # an instruct model
@@ -175,6 +189,7 @@ def refusal_answers(
     split: str = "test", # or "validation"
     strengths: Sequence[float] | None = None, # those of the demonstration for this split if None
     most: int | None = None, # requests per set; all if None
+    gate: Gate | None = None, # also behind it
 ) -> pd.DataFrame: # what `compare` gives
     "Answers without and with the vector, whether they refuse, and whether they are right."
     everyday = everyday_questions(split)
@@ -183,8 +198,9 @@ def refusal_answers(
     prompts = {name: [lm.chat(text) for text in texts] for name, texts in sets.items()}
     scorers = dict(refuses=Contains(REFUSALS), right=Expected(everyday))
     strengths = strengths or (demo.strengths if split == "validation" else (demo.strength,))
-    return compare(lm, dict(steered=vector), prompts, scorers, strengths=strengths, neutral=None,
-                   questions=[text for texts in sets.values() for text in texts], max_new_tokens=demo.tokens)
+    answers = compare(lm, dict(steered=vector), prompts, scorers, strengths=strengths, neutral=None,
+                      questions=[text for texts in sets.values() for text in texts], max_new_tokens=demo.tokens)
+    return answers if gate is None else pd.concat([answers, gate.behind(lm, answers, prompts)], ignore_index=True)
 
 # %% ../nbs/16_demos.ipynb #fr6875f6
 def refusal_strength(

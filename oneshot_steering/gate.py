@@ -5,14 +5,17 @@
 # %% ../nbs/07a_gate.ipynb #5c438ea5
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 
 from .baselines import states_of
+from .evaluate import UNSTEERED
 from .lm import LM
 from .steering import Steering, Steerings, as_steerings
 
@@ -64,6 +67,24 @@ def rows(self: Gate,
 ) -> list[Steerings | None]: # one per prompt, for `lm.steer(rows=...)`
     "The vector for prompts that the gate opens for, None for the others."
     return [as_steerings(steering) if is_open else None for is_open in self.opens(lm, prompts)]
+
+# %% ../nbs/07a_gate.ipynb #gabf00e2
+@patch
+def behind(self: Gate,
+    lm: LM, # the model
+    table: pd.DataFrame, # what `compare` gave, unsteered answers among them
+    prompts: Sequence[str] | Mapping[str, Sequence[str]], # what `compare` was given
+) -> pd.DataFrame: # the rows of the vectors, "NAME, gated"; what a vector costs is said as if it always acted
+    "The answers that vectors give behind the gate: where it stays closed, the unsteered ones."
+    groups = prompts.values() if isinstance(prompts, Mapping) else [prompts]
+    is_open = np.array(self.opens(lm, [prompt for group in groups for prompt in group]))
+    acting, plain = table[table.vector != UNSTEERED], table[table.vector == UNSTEERED].set_index("prompt")
+    if missing := set(acting.prompt) - set(plain.index):
+        raise ValueError(f"{len(missing)} prompts of the table have no unsteered answer: leave them in it.")
+    about_vector = "vector", "strength", "prompts", "prompt", "kl", "perplexity", "dose"
+    answers = {name: np.where(is_open[acting.prompt], acting[name], plain[name].loc[acting.prompt])
+               for name in table if name not in about_vector}
+    return acting.assign(vector=acting.vector + ", gated", **answers)
 
 # %% ../nbs/07a_gate.ipynb #da96cdcc
 def separating_direction(

@@ -26,7 +26,7 @@ def tiny(monkeypatch):
 
 
 def small(demo):
-    return replace(demo, layer=2, steps=2, tokens=2, strengths=(0.5, 1.0))
+    return replace(demo, layer=2, steps=2, tokens=2, strengths=(0.5, 1.0), gate=demo.gate and (1, -1))
 
 
 def test_the_demonstration_prints_its_tables_and_keeps_vectors_and_picture(tiny, tmp_path, capsys):
@@ -37,7 +37,7 @@ def test_the_demonstration_prints_its_tables_and_keeps_vectors_and_picture(tiny,
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     sets = {"mild bad requests", "harmless requests", "refused requests", "everyday questions"}
     assert set(table.prompts) == sets and all(name in output for name in sets)
-    assert len(table) == 2 * 3 * (3 + 2) and set(table.vector) == {UNSTEERED, "steered"}
+    assert len(table) == 3 * (3 * 3 + 2 * 2) and set(table.vector) == {UNSTEERED, "steered", "steered, gated"}
     assert table.right.notna().equals(table.prompts == "everyday questions")
     assert not any(request in output for kind in ("refused", "answered") for request in mild_requests(kind))
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from oneshot_steering.evaluate import compare
 from oneshot_steering.gate import Gate, fit_gate, separating_direction
 from oneshot_steering.models import tiny_lm
 from oneshot_steering.steering import Steering
@@ -45,6 +46,22 @@ def test_prompts_below_the_threshold_are_answered_as_without_the_vector(lm):
         gated = lm.generate(PROMPTS, max_new_tokens=6)
     assert any(opened) and plain != steered
     assert gated == [s if is_open else p for s, p, is_open in zip(steered, plain, opened, strict=True)]
+
+
+def test_answers_behind_the_gate_are_those_of_rows_that_pass(lm):
+    gate, vector = fit_gate(lm, (PROMPTS[:4], PROMPTS[4:]), PROMPTS, 1, share=0.3), Steering(torch.full((lm.d_model,), 9.0), 1)
+    sets = {"some": PROMPTS[:5], "others": PROMPTS[5:]}
+    scorers = dict(long=lambda asked, texts: [len(text) > 12 for text in texts])
+    table = compare(lm, dict(v=vector), sets, scorers, strengths=(0.5, 1), max_new_tokens=6, neutral=["A line."])
+    gated = gate.behind(lm, table, sets)
+    assert set(zip(gated.vector, gated.strength, strict=True)) == {("v, gated", 0.5), ("v, gated", 1)} and gated.long.dtype == table.long.dtype
+    for strength, part in gated.groupby("strength"):
+        with lm.steer(rows=gate.rows(lm, strength * vector, PROMPTS)):
+            assert list(part.sort_values("prompt").text) == lm.generate(PROMPTS, max_new_tokens=6)
+    assert list(gated.long) == [len(text) > 12 for text in gated.text]
+    assert list(gated.prompts) == list(table[table.vector == "v"].prompts) and gated.kl.notna().all()
+    with pytest.raises(ValueError, match="no unsteered answer"):
+        gate.behind(lm, table[table.vector == "v"], sets)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
