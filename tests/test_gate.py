@@ -54,7 +54,8 @@ def test_answers_behind_the_gate_are_those_of_rows_that_pass(lm):
     scorers = dict(long=lambda asked, texts: [len(text) > 12 for text in texts])
     table = compare(lm, dict(v=vector), sets, scorers, strengths=(0.5, 1), max_new_tokens=6, neutral=["A line."])
     gated = gate.behind(lm, table, sets)
-    assert set(zip(gated.vector, gated.strength, strict=True)) == {("v, gated", 0.5), ("v, gated", 1)} and gated.long.dtype == table.long.dtype
+    assert set(zip(gated.vector, gated.strength, strict=True)) == {("v, gated", 0.5), ("v, gated", 1)}
+    assert gated.long.dtype == table.long.dtype
     for strength, part in gated.groupby("strength"):
         with lm.steer(rows=gate.rows(lm, strength * vector, PROMPTS)):
             assert list(part.sort_values("prompt").text) == lm.generate(PROMPTS, max_new_tokens=6)
