@@ -19,9 +19,10 @@ from pathlib import Path
 import pandas as pd
 
 # %% auto #0
-__all__ = ['PUBLIC_FIGURES', 'OPEN_QUESTIONS', 'DataFileError', 'load_harmbench', 'load_instructions', 'data_folder',
-           'load_poser', 'swap_options', 'fictitious_prompts', 'neutral_name', 'without_name', 'open_questions',
-           'mild_requests', 'everyday_questions', 'neutral_texts']
+__all__ = ['PUBLIC_FIGURES', 'OCCUPATION_STEMS', 'OPEN_QUESTIONS', 'DataFileError', 'load_harmbench', 'load_instructions',
+           'data_folder', 'load_poser', 'swap_options', 'fictitious_prompts', 'neutral_name', 'without_name',
+           'occupation_mentions', 'consistent_fictions', 'open_questions', 'mild_requests', 'everyday_questions',
+           'neutral_texts']
 
 # %% ../nbs/10_datasets.ipynb #6f17c446
 class DataFileError(ValueError):
@@ -251,6 +252,30 @@ def without_name(
     parts = {words[0]: first} | {" ".join(words[i:]): last for i in range(1, len(words))} | {name: new}
     pattern = "|".join(re.escape(p) for p in sorted(parts, key=len, reverse=True))
     return re.sub(rf"(?<!\w)({pattern})(?!\w)", lambda m: parts[m[1]], text)
+
+# %% ../nbs/10_datasets.ipynb #fi3a10c2
+OCCUPATION_STEMS = dict(line.split(": ", 1) for line in _text("occupation_stems").splitlines()) # a regular expression each
+
+def occupation_mentions(
+    texts: Sequence[str], # answers about people
+) -> pd.DataFrame: # [texts, occupations] how many words of each
+    "How often words of each of the six occupations occur, as far as their beginnings tell."
+    patterns = {occupation: re.compile(rf"\b(?:{stems})") for occupation, stems in OCCUPATION_STEMS.items()}
+    return pd.DataFrame([{o: sum(1 for _ in pattern.finditer(text.lower())) for o, pattern in patterns.items()}
+                         for text in texts], columns=list(patterns))
+
+# %% ../nbs/10_datasets.ipynb #fi3a10c5
+def consistent_fictions(
+    claims: pd.DataFrame, # fake ones: name, occupation, claimed
+    answers: pd.DataFrame, # to real claims: name, occupation, text; of every claimed occupation at least one
+) -> list[str]: # one for each claim
+    "Answers about people who really have the claimed occupation, under the names of the claims."
+    donors = {o: table.reset_index(drop=True) for o, table in answers.groupby("occupation", sort=False)}
+    place = claims.groupby("occupation", sort=False).cumcount()
+    def story(claim: tuple, i: int) -> str:
+        donor = donors[claim.claimed].iloc[i % len(donors[claim.claimed])]
+        return donor.text.replace(donor["name"], claim.name).replace(donor["name"].split()[-1], claim.name.split()[-1])
+    return [story(claim, i) for claim, i in zip(claims.itertuples(index=False), place, strict=True)]
 
 # %% ../nbs/10_datasets.ipynb #2597b075
 OPEN_QUESTIONS = dict(line.split(": ", 1) for line in _text("open_questions").splitlines()) # short name -> question

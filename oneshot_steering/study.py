@@ -78,7 +78,7 @@ def load_model(
     **options, # for `load_lm`, e.g. `dtype=`
 ) -> LM:
     "A model or an organism by its name."
-    if model.startswith("tiny-"): return tiny_lm(model.removeprefix("tiny-"))
+    if model.startswith("tiny-"): return tiny_lm(model.removeprefix("tiny-"), max_position_embeddings=4096)
     return (load_organism if model in ORGANISMS else load_lm)(model, **options)
 
 # %% ../nbs/12a_study.ipynb #0304bd28
