@@ -254,7 +254,7 @@ def without_name(
     return re.sub(rf"(?<!\w)({pattern})(?!\w)", lambda m: parts[m[1]], text)
 
 # %% ../nbs/10_datasets.ipynb #fi3a10c2
-OCCUPATION_STEMS = dict(line.split(": ", 1) for line in _text("occupation_stems").splitlines()) # a regular expression each
+OCCUPATION_STEMS = dict(line.split(": ", 1) for line in _text("occupation_stems").splitlines()) # regular expressions
 
 def occupation_mentions(
     texts: Sequence[str], # answers about people
