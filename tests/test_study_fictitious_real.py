@@ -49,7 +49,7 @@ def test_claims_are_of_the_model_that_ran(folder):
 
 
 def test_every_kind_of_vector_is_compared(shown):
-    for kind in ("promotion", "suppression", "mixed", "reentrant", "CAA", "random", "going on"):
+    for kind in ("promotion", "suppression", "mixed", "swapped", "reentrant", "CAA", "random", "going on"):
         assert kind in shown
 
 
@@ -66,7 +66,8 @@ def test_what_is_said_of_people_is_not_shown(shown):
 @pytest.fixture(scope="module")
 def readings():
     "The functions of the notebook that say what an answer is about, and who counts."
-    names = dict(np=np, pd=pd, OCCUPATIONS=OCCUPATIONS, occupation_mentions=occupation_mentions, without_name=without_name)
+    study = SimpleNamespace(shifts=(1, 2))
+    names = dict(study=study, np=np, pd=pd, OCCUPATIONS=OCCUPATIONS, occupation_mentions=occupation_mentions, without_name=without_name)
     sources = "\n\n".join(c.source for c in nbformat.read(STUDY, 4).cells if c.cell_type == "code")
     for start in ("def reading(", "def elsewhere(", "def anonymous(", "def by_words("):
         exec(start + sources.split(start)[1].split("\n\n")[0], names)
@@ -83,10 +84,16 @@ def test_log_odds_are_of_the_true_against_the_claimed_occupation(readings):
     assert table.odds[:3].tolist() == [2.0, -3.0, 0.0] and table.topic[:3].tolist() == ["truth", "fiction", "neither"]
 
 
-def test_people_with_an_occupation_of_the_example_do_not_count(readings):
-    counted = CLAIMS.occupation[readings.elsewhere(CLAIMS, "actor")]  # an actor is called an author, a musician an actor
-    assert list(counted) == ["athlete", "scientist", "politician"]
-    assert readings.elsewhere(CLAIMS, "all").all()
+@pytest.mark.parametrize(
+    ("key", "counted"),
+    [
+        (("mixed", 2, "actor"), ["athlete", "scientist", "politician"]),  # a musician is called an actor
+        (("swapped", 2, "actor"), ["scientist", "politician"]),  # whom two claims call an author and an athlete
+        (("CAA", 2, "all"), list(OCCUPATIONS)),
+    ],
+)
+def test_people_with_an_occupation_of_the_example_do_not_count(readings, key, counted):
+    assert list(CLAIMS.occupation[readings.elsewhere(CLAIMS, key)]) == counted
 
 
 def test_the_topic_has_more_than_half_of_the_words(readings):
