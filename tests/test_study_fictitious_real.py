@@ -49,7 +49,7 @@ def test_claims_are_of_the_model_that_ran(folder):
 
 
 def test_every_kind_of_vector_is_compared(shown):
-    for kind in ("promotion", "suppression", "mixed", "swapped", "reentrant", "CAA", "random", "going on"):
+    for kind in ("promotion", "correcting", "suppression", "mixed", "swapped", "reentrant", "CAA", "random", "going on"):
         assert kind in shown
 
 
