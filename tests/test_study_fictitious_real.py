@@ -87,9 +87,9 @@ def test_log_odds_are_of_the_true_against_the_claimed_occupation(readings):
 @pytest.mark.parametrize(
     ("key", "counted"),
     [
-        (("mixed", 2, "actor"), ["athlete", "scientist", "politician"]),  # a musician is called an actor
-        (("swapped", 2, "actor"), ["scientist", "politician"]),  # whom two claims call an author and an athlete
-        (("CAA", 2, "all"), list(OCCUPATIONS)),
+        (("mixed", 2, "actor", 1.0), ["athlete", "scientist", "politician"]),  # a musician is called an actor
+        (("swapped", 2, "actor", 1.0), ["scientist", "politician"]),  # whom two claims call an author and an athlete
+        (("CAA", 2, "all", 1.0), list(OCCUPATIONS)),
     ],
 )
 def test_people_with_an_occupation_of_the_example_do_not_count(readings, key, counted):
