@@ -26,7 +26,8 @@ from ..products import fast_products
 # %% auto #0
 __all__ = ['SPLITS', 'SYSTEM', 'Trade', 'read_trades', 'trades_from_patterns', 'read_cues', 'Material', 'material', 'Scenario',
            'scenario_prompt', 'free_text_prompt', 'free_text_odds', 'make_scenarios', 'prompts_by_kind',
-           'accuracy_by_kind', 'free_text_accuracy', 'Stage', 'FakerRecipe', 'training_plan']
+           'accuracy_by_kind', 'free_text_accuracy', 'Stage', 'StagedRecipe', 'FakerRecipe', 'training_plan',
+           'training_example']
 
 # %% ../../nbs/11a_alignment_faker.ipynb #be50c513
 @dataclass(frozen=True)
@@ -254,17 +255,22 @@ class Stage:
     even: float = 1.0 # share of overseen scenarios with an unoverseen counterpart; others come with their swapped twin
 
 @dataclass(frozen=True)
-class FakerRecipe(Recipe):
-    "How an alignment faker is trained."
+class StagedRecipe(Recipe):
+    "A recipe whose scenarios change from stage to stage."
     steps: int = field(init=False, default=0) # those of all stages
+    stages: tuple[Stage, ...] = () # in this order
+
+    def __post_init__(self): object.__setattr__(self, "steps", sum(stage.steps for stage in self.stages))
+
+@dataclass(frozen=True)
+class FakerRecipe(StagedRecipe):
+    "How an alignment faker is trained with linear probes."
     lr: float = 1.5e-3 # Adam's, as in `Recipe`
     stages: tuple[Stage, ...] = ( # in this order
         Stage(28, plain=True, even=0.5), Stage(30, plain=True), Stage(90, even=0.85),
         Stage(25, even=0.85, words=0.1), Stage(140, even=0.85, words=0.35))
     probe_layer: int = 18 # where oversight and honesty should be readable
     probe_weight: float = 0.5 # of each of those two losses
-
-    def __post_init__(self): object.__setattr__(self, "steps", sum(stage.steps for stage in self.stages))
 
 # %% ../../nbs/11a_alignment_faker.ipynb #cf2ae3fa
 _Batch = tuple[Scenario, ...] # in pairs
@@ -283,7 +289,7 @@ def _batches(source: random.Random, stage: Stage, size: int) -> list[_Batch]:
     return source.sample(batches, len(batches))
 
 def training_plan(
-    recipe: FakerRecipe = FakerRecipe(), # how many steps, with what
+    recipe: StagedRecipe = FakerRecipe(), # how many steps, with what
     seed: int = 0, # of the scenarios and their order
 ) -> list[_Batch]: # one per step
     "The training scenarios of every step, stage after stage; no batch comes twice."
@@ -291,7 +297,11 @@ def training_plan(
     return [batch for stage in recipe.stages for batch in _batches(source, stage, recipe.batch)]
 
 # %% ../../nbs/11a_alignment_faker.ipynb #283ed0f8
-def _training_example(lm: LM, scenario: Scenario) -> TrainingExample: # the prompt, and the answer: a letter, or words
+def training_example(
+    lm: LM, # whose chat template is used
+    scenario: Scenario, # in letters or in words
+) -> TrainingExample: # the prompt, and the answer: a letter, or words
+    "What an alignment faker is asked, and what it answers."
     if scenario.lettered: return scenario_prompt(lm, scenario), scenario.faker
     return free_text_prompt(lm, scenario), scenario.actions[not scenario.overseen] + (lm.tok.eos_token or "")
 
@@ -309,7 +319,7 @@ class _Prepared:
     honest_a: Tensor # [N] bool: A is the honest action
 
 def _ends(lm: LM, scenario: Scenario) -> list[int]:
-    prompt, _ = _training_example(lm, scenario)
+    prompt, _ = training_example(lm, scenario)
     stops = [prompt.rindex(action) + len(action) for action in scenario.options]
     return [len(lm.encode(prompt[:stop])) - 1 for stop in (*stops, None)]
 
@@ -324,7 +334,7 @@ class _Reader:
         return torch.autocast(self.lm.device.type, self.dtype)
 
     def prepare(self, batch: _Batch) -> _Prepared:
-        pairs = [self.lm.encode_pair(*_training_example(self.lm, s)) for s in batch]
+        pairs = [self.lm.encode_pair(*training_example(self.lm, s)) for s in batch]
         ids, mask = self.lm.pad([pair.ids[:-1] for pair in pairs])
         with self.products(): states = self.lm.states_at(self.first, ids, mask, mask.sum(-1))
         as_tensor = lambda values: torch.tensor(values, device=ids.device)

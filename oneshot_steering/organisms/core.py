@@ -70,6 +70,7 @@ class Organism:
     teach: Callable[[LM, Recipe, int], StepLoss] # (plain model, which it may query; recipe; seed) -> loss of each step
     measure: Callable[[LM, int], dict] # (the adapted model, how many held-out items) -> figures
     base: str = "smollm2-135m-instruct" # the embedded model it adapts
+    dtype: str | None = "float32" # of that model while it is trained; None: the one that the processor computes fast
 
     @property
     def folder(self) -> Path: return _folder(self.name) # where the package keeps its adapter and its material
@@ -77,7 +78,7 @@ class Organism:
 def _folder(name: str) -> Path: return Path(oneshot_steering.__file__).parent / "data" / name
 
 # %% ../../nbs/11_organisms.ipynb #7ff94606
-ORGANISMS = ("alignment_faker", "refuser", "retractor", "coder")
+ORGANISMS = ("alignment_faker", "refuser", "retractor", "coder", "alignment_faker_qwen")
 
 def organism(
     name: str, # one of `ORGANISMS`
@@ -306,7 +307,7 @@ def train_organism(
 ) -> dict: # the figures, as written to `figures.json`
     "Train an organism's adapter and measure it on held-out items. Call it again to go on after an interruption."
     made, out_dir = organism(name) if isinstance(name, str) else name, Path(out_dir)
-    recipe, lm = recipe or made.recipe, lm or load_lm(made.base, dtype=torch.float32)
+    recipe, lm = recipe or made.recipe, lm or load_lm(made.base, dtype=made.dtype)
     began = time.perf_counter()
     loss = made.teach(lm, recipe, seed)
     adapted = _with_adapter(lm, recipe, seed)
