@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from oneshot_steering.lm import Pair
-from oneshot_steering.organisms import ORGANISMS, alignment_faker, coder, organism, organism_figures, refuser, retractor
+from oneshot_steering.organisms import ORGANISMS, alignment_faker, alignment_faker_qwen, coder, organism, organism_figures, refuser, retractor
 
 
 class Text:
@@ -59,6 +59,10 @@ def digest(value):
 
 def alignment_faker_plan(patch):
     return alignment_faker.training_plan(alignment_faker.ORGANISM.recipe, 0)
+
+
+def alignment_faker_qwen_plan(patch):
+    return alignment_faker.training_plan(alignment_faker_qwen.ORGANISM.recipe, 0)
 
 
 def alignment_faker_items(patch):
@@ -119,6 +123,7 @@ def coder_items(patch):
     ("of", "sha256"),
     [
         (alignment_faker_plan, "9db6f99c6a22d13a"),
+        (alignment_faker_qwen_plan, "2bfbf30df761ae2e"),
         (alignment_faker_items, "3dcbdba22c8ca9de"),
         (refuser_plan, "56231b4a014de367"),
         (refuser_items, "57973b2cb234eb06"),
@@ -143,7 +148,7 @@ def test_the_shipped_adapter_was_trained_by_todays_recipe(name):
 def test_no_material_is_read_at_import():
     code = (
         "import oneshot_steering.all\n"
-        "from oneshot_steering.organisms import alignment_faker, coder, core, refuser, retractor\n"
+        "from oneshot_steering.organisms import alignment_faker, alignment_faker_qwen, coder, core, refuser, retractor\n"
         "assert core.read_material.cache_info().misses == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
