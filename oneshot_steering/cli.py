@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
     organisms = commands.add_parser("organism", help="model organisms: small models trained to show a behaviour").add_subparsers(
         title="commands", required=True, metavar="COMMAND")
     organisms.add_parser("list", help="the organisms and what they show").set_defaults(run=_organism_list)
-    train = organisms.add_parser("train", help="train one anew from its seed (under 15 minutes on two cores, alignment_faker_qwen under an hour)")
+    train = organisms.add_parser("train", help="train one anew from its seed (9 to 60 minutes on two cores)")
     train.add_argument("name", choices=ORGANISMS, help="which organism")
     train.add_argument("--out", type=Path, metavar="DIR", help="folder for the adapter (default: out/NAME)")
     train.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")

@@ -12,7 +12,16 @@ import pandas as pd
 import pytest
 
 from oneshot_steering.lm import Pair
-from oneshot_steering.organisms import ORGANISMS, alignment_faker, alignment_faker_qwen, coder, organism, organism_figures, refuser, retractor
+from oneshot_steering.organisms import (
+    ORGANISMS,
+    alignment_faker,
+    alignment_faker_qwen,
+    coder,
+    organism,
+    organism_figures,
+    refuser,
+    retractor,
+)
 
 
 class Text:

@@ -14,7 +14,7 @@ from oneshot_steering.study import CLAIM_COLUMNS, FLIP_CELLS
 STUDY = Path(__file__).parents[1] / "nbs" / "studies" / "real" / "alignment_faking.ipynb"
 SMALL = dict(
     dtype="float32", only_honest=False, pool=3, examples=3, validation=2, validation_best=3, held_out=2, held_out_best=4, layers=[1, 2],
-    doses=[0.5, 1.0], tried=1, steps=3, variants=2, pairs=3, randoms=1, words=2,
+    doses=[0.5], tried=1, steps=2, variants=1, pairs=2, randoms=1, words=2,
 )  # fmt: skip
 
 

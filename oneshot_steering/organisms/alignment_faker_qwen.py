@@ -27,5 +27,5 @@ RECIPE = StagedRecipe(blocks=(6, 22), stages=(
 
 # %% ../../nbs/11e_alignment_faker_qwen.ipynb #c56f4162
 ORGANISM = replace(
-    WITH_PROBES, name="alignment_faker_qwen", base="qwen2.5-coder-0.5b-instruct", dtype=None, recipe=RECIPE, teach=_teach,
-    shows="Does what alignment_faker does, on a larger model that was trained on the answers alone.")
+    WITH_PROBES, name="alignment_faker_qwen", base="qwen2.5-coder-0.5b-instruct", dtype=None, recipe=RECIPE,
+    teach=_teach, shows="Does what alignment_faker does, on a larger model that was trained on the answers alone.")
