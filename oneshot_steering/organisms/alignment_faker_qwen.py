@@ -22,8 +22,8 @@ def _teach(lm: LM, recipe: StagedRecipe, seed: int) -> StepLoss:
 
 # %% ../../nbs/11e_alignment_faker_qwen.ipynb #403a7766
 RECIPE = StagedRecipe(blocks=(6, 22), stages=(
-    Stage(40, plain=True, even=0.5), Stage(50, plain=True), Stage(110, even=0.85),
-    Stage(20, even=0.95, words=0.1), Stage(100, words=0.35)))
+    Stage(40, plain=True, even=0.5), Stage(50, plain=True), Stage(160, even=0.85),
+    Stage(20, even=0.95, words=0.1), Stage(200, words=0.35)))
 
 # %% ../../nbs/11e_alignment_faker_qwen.ipynb #c56f4162
 ORGANISM = replace(
