@@ -132,7 +132,7 @@ def coder_items(patch):
     ("of", "sha256"),
     [
         (alignment_faker_plan, "9db6f99c6a22d13a"),
-        (alignment_faker_qwen_plan, "2bfbf30df761ae2e"),
+        (alignment_faker_qwen_plan, "00a6cfbd39afaa2f"),
         (alignment_faker_items, "3dcbdba22c8ca9de"),
         (refuser_plan, "56231b4a014de367"),
         (refuser_items, "57973b2cb234eb06"),
